@@ -1,0 +1,184 @@
+"""What the rest of netpol asks of the kernel: protocols, and the values that cross them.
+
+Nothing here does anything. A change is a value (a transaction) that can be printed as exactly what an
+operator would type; nothing happens until a driver applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from netpol.lib.errors import KernelError
+from netpol.model.ids import ChainName, SetName
+from netpol.model.net import Family
+from netpol.model.ruleset import Chain, Hook, Member, Members, Rule, SetSpec
+
+# -- sets ---------------------------------------------------------------------------------------
+
+
+class SetError(KernelError):
+    """The kernel refused an operation on a set.
+
+    `name` is the set, `member` the entry it stopped at (entries before it stay applied), `code` the
+    kernel's error number (errno, or IPSET_ERR_* from 4096).
+    """
+
+    def __init__(
+        self, what: str, *, name: SetName, code: int, member: Member | None = None, needed: str = ""
+    ) -> None:
+        super().__init__(what, needed=needed)
+        self.name, self.member, self.code = name, member, code
+
+
+class CreateSet(NamedTuple):
+    """Create a set, or do nothing where an equal one stands; `size` is the expected member count."""
+
+    spec: SetSpec
+    size: int = 0
+
+
+class AddMembers(NamedTuple):
+    """Add members; one that is there gets the new mark. Never an error for what is there."""
+
+    spec: SetSpec
+    members: Members
+
+
+class DeleteMembers(NamedTuple):
+    """Delete members; never an error for what is not there."""
+
+    spec: SetSpec
+    members: Sequence[Member]
+
+
+class DestroySet(NamedTuple):
+    """Destroy a set that nothing references; never an error for what is not there."""
+
+    name: SetName
+
+
+SetOp = CreateSet | AddMembers | DeleteMembers | DestroySet
+
+
+@dataclass(frozen=True, slots=True)
+class SetTransaction:
+    """Operations in order. `str()` is their `ipset restore` text. Not atomic: each is idempotent."""
+
+    ops: tuple[SetOp, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetDump:
+    """One set as the kernel has it."""
+
+    spec: SetSpec
+    members: Members
+    references: int = 0
+
+
+class SetDriver(Protocol):
+    """ipset. Only sets whose name starts with our prefix are seen or touched."""
+
+    def dump(self, names: Sequence[SetName] | None = None) -> dict[SetName, SetDump]:
+        """Read our sets (or those named) with members.
+
+        A foreign-looking set under our prefix (another type than we use) is reported with its name by
+        SetError. Raises KernelMissingError where the kernel has no ipset.
+        """
+        ...
+
+    def headers(self) -> dict[SetName, int]:
+        """Names of our sets and how many members each has: a cheap look."""
+        ...
+
+    def apply(self, tx: SetTransaction) -> None:
+        """Apply in order; raises SetError at the first refusal."""
+        ...
+
+    def close(self) -> None:
+        """Release the socket."""
+        ...
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+class Variant(StrEnum):
+    """The two implementations of iptables."""
+
+    NFT = "nft"
+    LEGACY = "legacy"
+
+
+class TableError(KernelError):
+    """A table transaction was refused; the table is as it was.
+
+    `retryable` where the same transaction may go through later (lock held, resource busy); `line` is
+    the 1-based line of the transaction's text that was refused, 0 where unknown.
+    """
+
+    def __init__(self, what: str, *, retryable: bool, line: int = 0, got: str = "") -> None:
+        super().__init__(what, got=got)
+        self.retryable, self.line = retryable, line
+
+
+class ForeignRule(NamedTuple):
+    """A rule in one of our chains that we would not have written: its text."""
+
+    text: str
+
+
+class HookState(NamedTuple):
+    """Our jumps in a hook: 1-based positions of rules that jump to a chain of ours, and their chains."""
+
+    jumps: tuple[tuple[int, ChainName], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TableDump:
+    """Our part of one table of one family: chains under our prefix, and our jumps in the hooks."""
+
+    chains: Mapping[ChainName, tuple[Rule | ForeignRule, ...]] = field(default_factory=dict)
+    hooks: Mapping[Hook, HookState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TableTransaction:
+    """One atomic change of one table of one family.
+
+    Attributes:
+        replace: chains that are created or get exactly these rules.
+        delete: chains of ours that go (after everything that references them went).
+        hooks: for each hook named: the chain that rule 1 must jump to, or None for no jump of ours.
+            All other jumps of ours in that hook go; the new one is inserted before the old ones are
+            deleted.
+        hook_state: the jumps that stand there now (from the dump), which `hooks` replaces.
+    """
+
+    table: str
+    family: Family
+    replace: Mapping[ChainName, Chain] = field(default_factory=dict)
+    delete: tuple[ChainName, ...] = ()
+    hooks: Mapping[Hook, ChainName | None] = field(default_factory=dict)
+    hook_state: Mapping[Hook, HookState] = field(default_factory=dict)
+
+
+class TableDriver(Protocol):
+    """iptables of one variant: mangle (and filter) of both families."""
+
+    variant: Variant
+
+    def dump(self, table: str, family: Family) -> TableDump:
+        """Read our chains and jumps. An absent table is an empty dump and is not created."""
+        ...
+
+    def apply(self, tx: TableTransaction) -> None:
+        """Apply atomically; raises TableError, after which the table is as it was."""
+        ...
+
+    def counters(self, table: str, family: Family) -> dict[ChainName, tuple[tuple[int, int], ...]]:
+        """Packets and bytes of every rule of our chains, in rule order."""
+        ...

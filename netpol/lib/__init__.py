@@ -1,0 +1,1 @@
+"""Floor 0: pure Python that knows neither Kubernetes nor Linux."""

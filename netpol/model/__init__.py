@@ -1,0 +1,1 @@
+"""Floor 1: frozen values shared by every room; no I/O."""

@@ -1,0 +1,1 @@
+"""Pure: what NetworkPolicy objects mean (calculation graph, evaluator, explanation)."""

@@ -1,0 +1,334 @@
+"""The calculation graph of one node: cluster objects in, the changes of desired state out.
+
+    pods, namespaces --> Members --------------------------> members of address sets
+         |                  ^
+         v                  | which sets are in use
+    local pods --> policies that select them --> classes --> which chains, which map entries
+
+Pure and synchronous. Events only update indexes and mark local pods and policies dirty; `flush` works
+out what changed since the last flush. Only what this node needs exists here: a policy that selects no
+local pod is *known*, but none of its peers is computed.
+
+Pods and namespaces are flushed before policies, in separate deltas, so that no delta mixes a change of
+members with a change of rules: every state that the kernel passes through is one that the API had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from netpol.model.ids import Direction, ObjectKey
+from netpol.model.labels import Selector
+from netpol.model.objects import Endpoint, Namespace
+from netpol.model.policy import CompiledPolicy, PodPeer, PolicyRule, PortName
+from netpol.policy.members import (
+    ALL_PODS,
+    LocalPods,
+    Members,
+    PortSet,
+    SetDelta,
+    SetKey,
+)
+
+
+class PolicyId(NamedTuple):
+    """A policy as part of a class: its name and whom it isolates.
+
+    A policy that changes its selection is another one: pods move to it one by one, and those that have
+    not moved keep the old rules until they do.
+    """
+
+    key: ObjectKey
+    subject: Selector
+    isolates: tuple[Direction, ...]
+
+
+class ClassKey(NamedTuple):
+    """Local pods with the same ordered policies in a direction share a class."""
+
+    direction: Direction
+    policies: tuple[PolicyId, ...]
+
+
+class LocalPod(NamedTuple):
+    """What the kernel must know of a pod of this node: its own addresses and its classes.
+
+    A class is None where no policy isolates the pod in that direction.
+    """
+
+    key: ObjectKey
+    uid: str
+    addresses: tuple[bytes, ...]
+    ingress: ClassKey | None
+    egress: ClassKey | None
+
+    def class_of(self, direction: Direction) -> ClassKey | None:
+        """The pod's class in a direction."""
+        return self.ingress if direction is Direction.INGRESS else self.egress
+
+
+@dataclass(frozen=True, slots=True)
+class GraphDelta:
+    """What changed in the desired state.
+
+    Attributes:
+        new_sets: sets that came into use; read their members from the graph.
+        gone_sets: sets that nothing uses any more.
+        set_deltas: changed members of sets that stay.
+        policies: active policies that are new or changed; None for those that went out of use.
+        pods: local pods that are new or changed, None for those that left.
+    """
+
+    new_sets: tuple[SetKey, ...] = ()
+    gone_sets: tuple[SetKey, ...] = ()
+    set_deltas: dict[SetKey, SetDelta] = field(default_factory=dict)
+    policies: dict[PolicyId, CompiledPolicy | None] = field(default_factory=dict)
+    pods: dict[ObjectKey, LocalPod | None] = field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing changed."""
+        return not (
+            self.new_sets or self.gone_sets or self.set_deltas or self.policies or self.pods
+        )
+
+
+class Graph:
+    """The incremental engine of one node."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.members = Members(node)
+        self._policies: dict[ObjectKey, CompiledPolicy] = {}
+        self._by_namespace: dict[str, dict[ObjectKey, CompiledPolicy]] = {}
+        self._queued: dict[ObjectKey, CompiledPolicy | None] = {}
+        self._dirty: set[ObjectKey] = set()
+        self._local: dict[ObjectKey, LocalPod] = {}
+        self._users: dict[PolicyId, int] = {}
+        self._active: dict[PolicyId, CompiledPolicy] = {}
+        self._changed: set[PolicyId] = set()
+
+    # -- events -----------------------------------------------------------------------------
+
+    def upsert_pod(self, pod: Endpoint) -> None:
+        """A pod came or changed, whatever its phase."""
+        before = self.members.pod(pod.key)
+        if not pod.policed:
+            self.remove_pod(pod.key)
+            return
+        if before == pod:
+            return
+        self._mark(before)
+        rivals = self._owners_of(pod)
+        self.members.put(pod)
+        self._mark(pod)
+        self._mark_all(rivals)
+
+    def remove_pod(self, key: ObjectKey) -> None:
+        """A pod is gone."""
+        before = self.members.pod(key)
+        if before is None:
+            return
+        self._mark(before)
+        self.members.drop(key)
+        self._mark_all(self._owners_of(before))
+
+    def upsert_namespace(self, namespace: Namespace) -> None:
+        """A namespace came or changed."""
+        self.members.put_namespace(namespace)
+
+    def remove_namespace(self, name: str) -> None:
+        """A namespace is gone."""
+        self.members.drop_namespace(name)
+
+    def upsert_policy(self, policy: CompiledPolicy) -> None:
+        """A policy came or changed."""
+        self._queued[policy.key] = policy
+
+    def remove_policy(self, key: ObjectKey) -> None:
+        """A policy is gone."""
+        self._queued[key] = None
+
+    def _owners_of(self, pod: Endpoint) -> list[Endpoint]:
+        found = [self.members.owner(a) for a in pod.addresses]
+        return [p for p in found if p is not None and p.key != pod.key]
+
+    def _mark(self, pod: Endpoint | None) -> None:
+        if pod is not None and (pod.node == self.node or pod.key in self._local):
+            self._dirty.add(pod.key)
+
+    def _mark_all(self, pods: Iterable[Endpoint]) -> None:
+        for pod in pods:
+            self._mark(pod)
+
+    # -- reading ----------------------------------------------------------------------------
+
+    @property
+    def local_pods(self) -> dict[ObjectKey, LocalPod]:
+        """The pods of this node, as of the last flush."""
+        return self._local
+
+    @property
+    def active_policies(self) -> dict[PolicyId, CompiledPolicy]:
+        """The policies that isolate a local pod, as of the last flush."""
+        return self._active
+
+    @property
+    def needs_peers(self) -> bool:
+        """Whether any policy that isolates a local pod has peers or names on other pods.
+
+        While False, watching the local pods is enough.
+        """
+        return any(
+            not (isinstance(key, PortSet) and isinstance(key.peer, LocalPods))
+            for key in self.members.active()
+        )
+
+    @property
+    def pending(self) -> bool:
+        """Whether another `flush` would have something to look at."""
+        return bool(self._queued or self._dirty)
+
+    # -- flush ------------------------------------------------------------------------------
+
+    def flush(self, *, together: bool = False) -> GraphDelta:
+        """What changed: pods and namespaces first, policies with the next call.
+
+        Args:
+            together: all in one delta (start-up, when no rule is in force that could mix).
+        """
+        deltas = self.members.take_deltas()
+        if together or not (deltas or self._dirty):
+            self._apply_policies()
+        pods = self._classify()
+        return self._settle(deltas, pods)
+
+    def _apply_policies(self) -> None:
+        for key, policy in self._queued.items():
+            before = self._policies.get(key)
+            if policy == before:
+                continue
+            for version in (before, policy):
+                if version is not None:
+                    self._mark_subjects(version)
+            local = self._by_namespace.setdefault(key.namespace, {})
+            if policy is None:
+                self._policies.pop(key, None)
+                local.pop(key, None)
+            else:
+                self._policies[key] = policy
+                local[key] = policy
+                self._changed.add(_identify(policy))
+        self._queued = {}
+
+    def _mark_subjects(self, policy: CompiledPolicy) -> None:
+        for pod in self.members.pods_in(policy.key.namespace):
+            if pod.node == self.node and policy.subject.matches(dict(pod.labels)):
+                self._dirty.add(pod.key)
+
+    def _classify(self) -> dict[ObjectKey, LocalPod | None]:
+        """Work out the classes of the dirty local pods; returns those that changed."""
+        out: dict[ObjectKey, LocalPod | None] = {}
+        for key in self._dirty:
+            before = self._local.get(key)
+            pod = self.members.pod(key)
+            now = self._local_pod(pod) if pod is not None and pod.node == self.node else None
+            if now == before:
+                continue
+            for local, step in ((now, 1), (before, -1)):
+                for identity in _policies_of(local):
+                    self._users[identity] = self._users.get(identity, 0) + step
+            if now is None:
+                del self._local[key]
+            else:
+                self._local[key] = now
+            out[key] = now
+        self._dirty = set()
+        return out
+
+    def _local_pod(self, pod: Endpoint) -> LocalPod:
+        have = dict(pod.labels)
+        chosen = [
+            policy
+            for _, policy in sorted(self._by_namespace.get(pod.key.namespace, {}).items())
+            if policy.subject.matches(have)
+        ]
+
+        def class_of(direction: Direction) -> ClassKey | None:
+            ids = tuple(_identify(p) for p in chosen if direction in p.isolates)
+            return ClassKey(direction, ids) if ids else None
+
+        return LocalPod(
+            pod.key,
+            pod.uid,
+            self.members.owned(pod),
+            class_of(Direction.INGRESS),
+            class_of(Direction.EGRESS),
+        )
+
+    def _settle(
+        self, deltas: dict[SetKey, SetDelta], pods: dict[ObjectKey, LocalPod | None]
+    ) -> GraphDelta:
+        """Bring active policies and sets in line with who uses them."""
+        policies: dict[PolicyId, CompiledPolicy | None] = {}
+        activate: list[SetKey] = []
+        deactivate: list[SetKey] = []
+        for identity in [i for i, n in self._users.items() if not n]:
+            del self._users[identity]
+            old = self._active.pop(identity, None)
+            if old is not None:
+                deactivate.extend(sets_of(old))
+                policies[identity] = None
+        for identity in self._users:
+            if identity in self._active and identity not in self._changed:
+                continue
+            policy = self._policies.get(identity.key)
+            old = self._active.get(identity)
+            if policy is None or _identify(policy) != identity or policy == old:
+                continue
+            activate.extend(sets_of(policy))
+            deactivate.extend(sets_of(old) if old else ())
+            self._active[identity] = policy
+            policies[identity] = policy
+        self._changed = set()
+        new = self.members.activate(activate)
+        gone = self.members.deactivate(deactivate)
+        kept = {k: d for k, d in deltas.items() if k not in gone}
+        return GraphDelta(tuple(new), tuple(gone), kept, policies, pods)
+
+
+def _identify(policy: CompiledPolicy) -> PolicyId:
+    return PolicyId(policy.key, policy.subject, tuple(sorted(policy.isolates)))
+
+
+def _policies_of(pod: LocalPod | None) -> set[PolicyId]:
+    if pod is None:
+        return set()
+    return {i for c in (pod.ingress, pod.egress) if c is not None for i in c.policies}
+
+
+def sets_of(policy: CompiledPolicy) -> Iterator[SetKey]:
+    """The address sets that a policy's rules need, with repetitions."""
+    for direction in sorted(policy.isolates):
+        for rule in policy.rules(direction):
+            yield from rule_sets(rule, direction)
+
+
+def rule_sets(rule: PolicyRule, direction: Direction) -> Iterator[SetKey]:
+    """The address sets of one rule: of each selector peer, and of each port name."""
+    names = [p for p in rule.ports or () if isinstance(p, PortName)]
+    numbers = rule.ports is None or len(names) < len(rule.ports)
+    pods = [p for p in rule.peers or () if isinstance(p, PodPeer)]
+    if direction is Direction.INGRESS:
+        for name in names:
+            yield PortSet(LocalPods(), name.protocol, name.name)
+        if numbers or names:
+            yield from pods
+        return
+    if numbers:
+        yield from pods
+    for name in names:
+        for peer in pods if rule.peers is not None else [ALL_PODS]:
+            yield PortSet(peer, name.protocol, name.name)

@@ -1,0 +1,1 @@
+"""Pure: desired ipsets and iptables chains from the calculation graph."""

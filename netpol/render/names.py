@@ -1,0 +1,128 @@
+"""Names of our chains and sets: stable hashes over separated fields.
+
+Equal things have equal names on every node and after every restart, so counters survive and two
+policies that name one selector share its set.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from netpol.lib.naming import digest
+from netpol.model.ids import ChainName, Direction, SetName
+from netpol.model.labels import Selector
+from netpol.model.net import Family, Prefix
+from netpol.model.policy import PodPeer
+from netpol.model.ruleset import OWN_PREFIX, Hook
+from netpol.policy.graph import ClassKey, PolicyId
+from netpol.policy.members import LocalPods, PortSet, SetKey
+
+#: 16 base32 characters: 80 bits, so that names do not collide by accident.
+_HASH = 16
+
+_LETTER = {Direction.INGRESS: "I", Direction.EGRESS: "E"}
+
+
+def _chain(tail: str) -> ChainName:
+    return ChainName(OWN_PREFIX + tail)
+
+
+def _set(tail: str) -> SetName:
+    return SetName(OWN_PREFIX + tail)
+
+
+OK = _chain("OK")
+SPOOFED = _chain("SPOOFED")
+
+
+def hook_chain(hook: Hook) -> ChainName:
+    """The chain that rule 1 of a hook jumps to."""
+    return _chain(hook.value)
+
+
+def held_chain(direction: Direction) -> ChainName:
+    """Where packets of unknown pods end."""
+    return _chain(f"HELD-{_LETTER[direction]}")
+
+
+def tree_chain(direction: Direction, path: str = "") -> ChainName:
+    """A node of the dispatch tree: the root, or the one for leading hex digits of the number."""
+    return _chain(f"TREE-{_LETTER[direction]}{'-' + path if path else ''}")
+
+
+def overflow_chain(direction: Direction) -> ChainName:
+    """Dispatch by set of the classes that got no number."""
+    return _chain(f"OVER-{_LETTER[direction]}")
+
+
+@lru_cache(maxsize=65536)
+def class_id(key: ClassKey) -> str:
+    """Hash of a class: its direction and ordered policies."""
+    fields = [key.direction.value]
+    for policy in key.policies:
+        fields += _policy_fields(policy)
+    return digest(*fields, chars=_HASH)
+
+
+def class_chain(key: ClassKey) -> ChainName:
+    """The chain that judges a class."""
+    return _chain(f"C{_LETTER[key.direction]}-{class_id(key)}")
+
+
+@lru_cache(maxsize=65536)
+def policy_chain(policy: PolicyId, direction: Direction) -> ChainName:
+    """The chain with the rules of one direction of a policy."""
+    return _chain(f"P{_LETTER[direction]}-{digest(*_policy_fields(policy), chars=_HASH)}")
+
+
+def _policy_fields(policy: PolicyId) -> list[str]:
+    types = ",".join(policy.isolates)
+    return [policy.key.namespace, policy.key.name, types, *_selector_fields(policy.subject)]
+
+
+def _selector_fields(selector: Selector) -> list[str]:
+    out = [str(len(selector.requirements))]
+    for term in selector.requirements:
+        out += [term.key, term.operator.value, str(len(term.values)), *term.values]
+    return out
+
+
+@lru_cache(maxsize=131072)
+def _peer_fields(peer: PodPeer | LocalPods) -> tuple[str, ...]:
+    if isinstance(peer, LocalPods):
+        return ("local",)
+    scope = (
+        ["ns", peer.scope]
+        if isinstance(peer.scope, str)
+        else ["nssel", *_selector_fields(peer.scope)]
+    )
+    return (*scope, *_selector_fields(peer.pods))
+
+
+@lru_cache(maxsize=131072)
+def member_set(key: SetKey, family: Family) -> SetName:
+    """The set of a peer's addresses, or of its addresses with a named port."""
+    if isinstance(key, PortSet):
+        fields = ("port", key.protocol.value, key.name, *_peer_fields(key.peer))
+        return _set(f"T{int(family)}-{digest(*fields, chars=_HASH)}")
+    return _set(f"A{int(family)}-{digest('peer', *_peer_fields(key), chars=_HASH)}")
+
+
+def net_set(prefixes: tuple[Prefix, ...], family: Family) -> SetName:
+    """The set of some prefixes, named by its contents."""
+    return _set(f"N{int(family)}-{digest(*map(str, prefixes), chars=_HASH)}")
+
+
+def class_map(direction: Direction, family: Family) -> SetName:
+    """Address of a local pod to the number of its class."""
+    return _set(f"{_LETTER[direction]}MAP{int(family)}")
+
+
+def overflow_set(key: ClassKey, family: Family) -> SetName:
+    """Addresses of the local pods of a class that got no number."""
+    return _set(f"O{_LETTER[key.direction]}{int(family)}-{class_id(key)}")
+
+
+def self_set(family: Family) -> SetName:
+    """(address, address) of every local pod: what reaches itself through a Service."""
+    return _set(f"SELF{int(family)}")

@@ -1,0 +1,117 @@
+"""The chains that do not depend on policies: the hooks, and where judgements end.
+
+The way of a packet is the same in all hooks; what differs is who may pass unjudged:
+
+    FORWARD  nobody
+    INPUT    the node's own loopback; only egress is judged (the destination is the node)
+    OUTPUT   packets whose source is an address of the node
+
+All of it stands in mangle, where `--map-set` works and no ACCEPT of another program comes first.
+"""
+
+from __future__ import annotations
+
+from netpol.model.ids import ChainName, Direction, Protocol
+from netpol.model.net import Family, Prefix
+from netpol.model.ruleset import (
+    AddrType,
+    Chain,
+    CtState,
+    Drop,
+    Goto,
+    Hook,
+    HopLimit,
+    Icmpv6Type,
+    InInterface,
+    IpProtocol,
+    Jump,
+    Limit,
+    Log,
+    MapMark,
+    MarkMatch,
+    NetMatch,
+    Return,
+    Rule,
+    SetMark,
+    Side,
+)
+from netpol.render import names
+from netpol.render.logprefix import DropReason, LogPrefix, encode
+from netpol.render.options import RenderOptions
+
+#: Neighbour discovery (RFC 4861): router and neighbour solicitation and advertisement, redirect.
+_ND_TYPES = (133, 134, 135, 136, 137)
+#: RFC 4861 section 7.1: what crossed a router has a lower hop limit.
+_ND_HOP_LIMIT = 255
+#: Multicast listener reports (RFC 2710, RFC 3810): a drop would only hide groups from the bridge.
+_MLD_TYPES = (131, 132, 143)
+_MLD_HOP_LIMIT = 1
+_LINK_LOCAL = Prefix(b"\xfe\x80" + bytes(14), 10)
+
+#: The hooks that netpol judges in, in the order of the design.
+HOOKS = (Hook.FORWARD, Hook.INPUT, Hook.OUTPUT)
+
+
+def static_chains(options: RenderOptions, family: Family) -> dict[ChainName, Chain]:
+    """Hook chains and endings."""
+    clear = Rule(SetMark(0, options.field_mask))
+    out = {names.hook_chain(hook): _hook(hook, options, family) for hook in HOOKS}
+    out[names.OK] = (clear,)
+    for direction in Direction:
+        out[names.held_chain(direction)] = deny(LogPrefix(DropReason.HELD, direction), options)
+    out[names.SPOOFED] = deny(LogPrefix(DropReason.SPOOFED), options)
+    return out
+
+
+def deny(prefix: LogPrefix, options: RenderOptions) -> Chain:
+    """Log within the rate, then drop."""
+    limit = Limit(options.log_per_second, options.log_burst)
+    return (Rule(Log(options.nflog_group, encode(prefix)), (limit,)), Rule(Drop()))
+
+
+def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
+    out: list[Rule] = []
+    icmp = Protocol.ICMP if family is Family.V4 else Protocol.ICMPV6
+    if family is Family.V6:
+        for types, limit in ((_ND_TYPES, _ND_HOP_LIMIT), (_MLD_TYPES, _MLD_HOP_LIMIT)):
+            out += [
+                Rule(Return(), (IpProtocol(icmp), Icmpv6Type(t), HopLimit(limit))) for t in types
+            ]
+    # The place of the denied-flow bit (live connections): before anything that lets a flow pass.
+    out.append(Rule(Return(), (CtState(("ESTABLISHED",)),)))
+    out.append(Rule(Return(), (IpProtocol(icmp), CtState(("RELATED",)))))
+    if hook is Hook.INPUT:
+        out.append(Rule(Return(), (InInterface("lo"),)))
+    if hook is Hook.OUTPUT:
+        out.append(Rule(Return(), (AddrType(Side.SRC, "LOCAL"),)))
+    elif family is Family.V6:
+        out += [
+            Rule(Goto(names.SPOOFED), (InInterface(i), NetMatch(Side.DST, _LINK_LOCAL)))
+            for i in options.pod_interfaces
+        ]
+    out += _judge(Direction.EGRESS, options, family, check_source=hook is not Hook.OUTPUT)
+    if hook is not Hook.INPUT:
+        out += _judge(Direction.INGRESS, options, family, check_source=False)
+    return tuple(out)
+
+
+def _judge(
+    direction: Direction, options: RenderOptions, family: Family, *, check_source: bool
+) -> list[Rule]:
+    """Look up the class of one side and go through the tree; comes back with the field 0."""
+    mask = options.field_mask
+    side = Side.SRC if direction is Direction.EGRESS else Side.DST
+    out: list[Rule] = []
+    if direction is Direction.EGRESS:
+        # Afterwards the field is 0: the tree comes back only with an allowed packet.
+        out.append(Rule(SetMark(0, mask)))
+    out.append(Rule(MapMark(names.class_map(direction, family), side)))
+    if check_source:
+        out += [
+            # Every local pod, isolated or not, has an entry: what has none is nobody's address.
+            Rule(Goto(names.SPOOFED), (InInterface(i), MarkMatch(0, mask)))
+            for i in options.pod_interfaces
+        ]
+    tree = names.tree_chain(direction)
+    out.append(Rule(Jump(tree), (MarkMatch(0, mask, negate=True),)))
+    return out

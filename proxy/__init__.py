@@ -1,0 +1,1 @@
+"""Services to IPVS. Empty until the proxy is built; the package name is reserved here."""

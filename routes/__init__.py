@@ -1,0 +1,1 @@
+"""podCIDR routes over BGP. Empty until routes are built; the package name is reserved here."""
