@@ -85,14 +85,28 @@ def _exemption(flow: Flow, direction: Direction) -> str | None:
 
 
 def _rule_matches(world: World, rule: PolicyRule, flow: Flow, direction: Direction) -> bool:
-    if rule.ports is not None and not any(
-        port_matches(p, flow.protocol, flow.port, flow.dst.endpoint) for p in rule.ports
-    ):
-        return False
+    if rule.ports is not None:
+        target = _namer(world, rule, flow, direction)
+        if not any(port_matches(p, flow.protocol, flow.port, target) for p in rule.ports):
+            return False
     if rule.peers is None:
         return True
     other = _other(flow, direction)
     return any(peer_matches(p, other, world) for p in rule.peers)
+
+
+def _namer(world: World, rule: PolicyRule, flow: Flow, direction: Direction) -> Endpoint | None:
+    """The pod whose containers give a rule's port names their numbers, or None.
+
+    For egress it must be a pod by a selector (or by no peers at all): an ipBlock names no pod (row 68).
+    """
+    pod = flow.dst.endpoint
+    if direction is Direction.INGRESS or rule.peers is None or pod is None:
+        return pod
+    by_selector = any(
+        isinstance(p, PodPeer) and peer_matches(p, flow.dst, world) for p in rule.peers
+    )
+    return pod if by_selector else None
 
 
 # -- the trace ----------------------------------------------------------------------------------
@@ -136,7 +150,10 @@ def _policy(world: World, policy: CompiledPolicy, flow: Flow, direction: Directi
         peers = tuple(
             _peer_term(world, p, _other(flow, direction), policy) for p in rule.peers or ()
         )
-        ports = tuple(_port_term(p, flow) for p in rule.ports or ())
+        namer = _namer(world, rule, flow, direction)
+        ports = tuple(_port_term(p, flow, namer) for p in rule.ports or ())
+        if rule.ports == ():  # no port is left: the opposite of no ports
+            ports = (TermTrace("an invalid port", matched=False, reason="matches nothing"),)
         rules.append(
             RuleTrace(
                 RuleRef(policy.key, direction, number),
@@ -193,12 +210,12 @@ def _has(labels: dict[str, str] | object, key: str) -> str:
     return f"no label {key}" if value is None else f"{key}={value}"
 
 
-def _port_term(match: PortMatch, flow: Flow) -> TermTrace:
-    matched = port_matches(match, flow.protocol, flow.port, flow.dst.endpoint)
-    return TermTrace(describe_port(match), matched, _port_reason(match, flow))
+def _port_term(match: PortMatch, flow: Flow, namer: Endpoint | None) -> TermTrace:
+    matched = port_matches(match, flow.protocol, flow.port, namer)
+    return TermTrace(describe_port(match), matched, _port_reason(match, flow, namer))
 
 
-def _port_reason(match: PortMatch, flow: Flow) -> str:
+def _port_reason(match: PortMatch, flow: Flow, namer: Endpoint | None) -> str:
     if flow.protocol is not match.protocol:
         return f"the protocol is {flow.protocol}"
     if isinstance(match, PortRange):
@@ -206,6 +223,8 @@ def _port_reason(match: PortMatch, flow: Flow) -> str:
     pod = flow.dst.endpoint
     if pod is None:
         return f"{flow.dst} is not a pod, so no port has a name there"
+    if namer is None:
+        return f"no selector of the rule covers {pod.key}, and an ipBlock gives no port a name"
     numbers = named_ports(pod, match.protocol, match.name)
     if not numbers:
         return f"{pod.key} declares no {match.protocol} port named {match.name}"

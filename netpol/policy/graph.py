@@ -16,7 +16,7 @@ members with a change of rules: every state that the kernel passes through is on
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from netpol.model.ids import Direction, ObjectKey
@@ -79,6 +79,7 @@ class GraphDelta:
         set_deltas: changed members of sets that stay.
         policies: active policies that are new or changed; None for those that went out of use.
         pods: local pods that are new or changed, None for those that left.
+        before: the local pods named in `pods`, as they were; absent for new ones.
     """
 
     new_sets: tuple[SetKey, ...] = ()
@@ -86,6 +87,7 @@ class GraphDelta:
     set_deltas: dict[SetKey, SetDelta] = field(default_factory=dict)
     policies: dict[PolicyId, CompiledPolicy | None] = field(default_factory=dict)
     pods: dict[ObjectKey, LocalPod | None] = field(default_factory=dict)
+    before: dict[ObjectKey, LocalPod] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -202,8 +204,9 @@ class Graph:
         deltas = self.members.take_deltas()
         if together or not (deltas or self._dirty):
             self._apply_policies()
-        pods = self._classify()
-        return self._settle(deltas, pods)
+        pods, before = self._classify()
+        delta = self._settle(deltas)
+        return replace(delta, pods=pods, before=before)
 
     def _apply_policies(self) -> None:
         for key, policy in self._queued.items():
@@ -228,9 +231,10 @@ class Graph:
             if pod.node == self.node and policy.subject.matches(dict(pod.labels)):
                 self._dirty.add(pod.key)
 
-    def _classify(self) -> dict[ObjectKey, LocalPod | None]:
-        """Work out the classes of the dirty local pods; returns those that changed."""
+    def _classify(self) -> tuple[dict[ObjectKey, LocalPod | None], dict[ObjectKey, LocalPod]]:
+        """Work out the classes of the dirty local pods; returns those that changed, now and before."""
         out: dict[ObjectKey, LocalPod | None] = {}
+        was: dict[ObjectKey, LocalPod] = {}
         for key in self._dirty:
             before = self._local.get(key)
             pod = self.members.pod(key)
@@ -245,8 +249,10 @@ class Graph:
             else:
                 self._local[key] = now
             out[key] = now
+            if before is not None:
+                was[key] = before
         self._dirty = set()
-        return out
+        return out, was
 
     def _local_pod(self, pod: Endpoint) -> LocalPod:
         have = dict(pod.labels)
@@ -268,9 +274,7 @@ class Graph:
             class_of(Direction.EGRESS),
         )
 
-    def _settle(
-        self, deltas: dict[SetKey, SetDelta], pods: dict[ObjectKey, LocalPod | None]
-    ) -> GraphDelta:
+    def _settle(self, deltas: dict[SetKey, SetDelta]) -> GraphDelta:
         """Bring active policies and sets in line with who uses them."""
         policies: dict[PolicyId, CompiledPolicy | None] = {}
         activate: list[SetKey] = []
@@ -296,7 +300,7 @@ class Graph:
         new = self.members.activate(activate)
         gone = self.members.deactivate(deactivate)
         kept = {k: d for k, d in deltas.items() if k not in gone}
-        return GraphDelta(tuple(new), tuple(gone), kept, policies, pods)
+        return GraphDelta(tuple(new), tuple(gone), kept, policies)
 
 
 def _identify(policy: CompiledPolicy) -> PolicyId:

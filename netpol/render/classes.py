@@ -17,9 +17,9 @@ from netpol.model.ruleset import (
     Jump,
     MarkMatch,
     Members,
-    NetPair,
     Return,
     Rule,
+    SameAddress,
     SetKind,
     SetMatch,
     SetSpec,
@@ -43,7 +43,7 @@ def class_rules(key: ClassKey, options: RenderOptions, family: Family) -> Chain:
         chain = names.policy_chain(policy, key.direction)
         out += [Rule(Jump(chain), (), comment_of(policy.key)), allowed]
     # A pod that reaches itself through a Service (the backend was chosen before this hook).
-    out.append(Rule(Goto(names.OK), (SetMatch(names.self_set(family), (Side.SRC, Side.DST)),)))
+    out.append(Rule(Goto(names.OK), (SameAddress(family),)))
     out += deny(LogPrefix(DropReason.DENIED, key.direction, names.class_id(key)), options)
     return tuple(out)
 
@@ -55,9 +55,14 @@ def tree_chains(
     *,
     options: RenderOptions,
     family: Family,
+    extra: Mapping[int, ChainName] | None = None,
 ) -> dict[ChainName, Chain]:
-    """The dispatch tree of a direction, and the chain of overflow classes."""
+    """The dispatch tree of a direction, and the chain of overflow classes.
+
+    `extra` are leaves beside those of `numbers`, for classes that are on their way out.
+    """
     leaves: dict[int, ChainName] = {
+        **(extra or {}),
         OPEN: names.OK,
         OVERFLOW: names.overflow_chain(direction),
     }
@@ -127,11 +132,6 @@ def overflow_spec(key: ClassKey, family: Family) -> SetSpec:
     return SetSpec(names.overflow_set(key, family), SetKind.HASH_IP, family)
 
 
-def self_spec(family: Family) -> SetSpec:
-    """The set of what reaches itself."""
-    return SetSpec(names.self_set(family), SetKind.HASH_NET_NET, family)
-
-
 def map_number(pod: LocalPod, direction: Direction, numbers: Mapping[ClassKey, int]) -> int:
     """The number that stands for a local pod in a class map.
 
@@ -179,8 +179,6 @@ def pod_set_members(
         if key is not None and number == OVERFLOW:
             spec = overflow_spec(key, family)
             out[spec.name] = spec, dict.fromkeys(own)
-    spec = self_spec(family)
-    out[spec.name] = spec, {NetPair(host_prefix(a), host_prefix(a)): None for a in own}
     return out
 
 

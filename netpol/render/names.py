@@ -123,6 +123,6 @@ def overflow_set(key: ClassKey, family: Family) -> SetName:
     return _set(f"O{_LETTER[key.direction]}{int(family)}-{class_id(key)}")
 
 
-def self_set(family: Family) -> SetName:
-    """(address, address) of every local pod: what reaches itself through a Service."""
-    return _set(f"SELF{int(family)}")
+def is_overflow_set(name: SetName) -> bool:
+    """Whether a set is the address set of some overflow class."""
+    return name.startswith((f"{OWN_PREFIX}OI", f"{OWN_PREFIX}OE"))

@@ -76,7 +76,6 @@ def render_graph(
             chains |= classes.tree_chains(
                 direction, numbers, overflow, options=options, family=family
             )
-        put(classes.self_spec(family), {})
         for key in overflow:
             put(classes.overflow_spec(key, family), {})
         for key in used:

@@ -90,18 +90,24 @@ def _rule(rule: PolicyRule, direction: Direction, family: Family) -> Iterator[tu
     numbers, named = _split_ports(rule)
     for ports in numbers:
         for peer in peers:
-            yield (*ports, *peer)
+            yield _join(ports, peer)
     for name in named:
         if direction is Direction.INGRESS:
             at = _port_set_match(PortSet(LocalPods(), name.protocol, name.name), family)
             for peer in peers:
-                yield (IpProtocol(name.protocol), at, *peer)
+                yield _join((IpProtocol(name.protocol), at), peer)
             continue
         # A name means something only on a pod: the set holds the peers' addresses with their numbers.
         pods = [p for p in rule.peers if isinstance(p, PodPeer)] if rule.peers else [ALL_PODS]
         for pod in pods:
             at = _port_set_match(PortSet(pod, name.protocol, name.name), family)
             yield (IpProtocol(name.protocol), at)
+
+
+def _join(ports: tuple[Match, ...], peer: tuple[Match, ...]) -> tuple[Match, ...]:
+    """Ports before peers, but addresses first of all, where the kernel looks at them anyway."""
+    first = tuple(m for m in peer if isinstance(m, NetMatch))
+    return (*first, *ports, *(m for m in peer if m not in first))
 
 
 def _port_set_match(key: PortSet, family: Family) -> SetMatch:

@@ -86,7 +86,7 @@ def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
         out.append(Rule(Return(), (AddrType(Side.SRC, "LOCAL"),)))
     elif family is Family.V6:
         out += [
-            Rule(Goto(names.SPOOFED), (InInterface(i), NetMatch(Side.DST, _LINK_LOCAL)))
+            Rule(Goto(names.SPOOFED), (NetMatch(Side.DST, _LINK_LOCAL), InInterface(i)))
             for i in options.pod_interfaces
         ]
     out += _judge(Direction.EGRESS, options, family, check_source=hook is not Hook.OUTPUT)

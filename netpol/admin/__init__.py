@@ -1,0 +1,1 @@
+"""Room: the agent's unix-socket protocol, server and client."""

@@ -1,0 +1,342 @@
+"""The composition root of the agent: settings, connections, caches, rooms, and what shows them.
+
+    API server --watches--> stores --Feed--> Graph --PolicyRoom--> kernel
+                                                 |         |
+                              admin socket, health, metrics, audit log
+
+Nothing here decides anything about policy; it says who is told what, and in which order things start:
+lock, hold (fresh node), caches in sync, first apply, ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+from prometheus_client.core import Metric
+
+from netpol import __version__, config
+from netpol.admin.health import HealthServer, counter, gauge
+from netpol.admin.server import AdminServer
+from netpol.aio.clock import SystemClock
+from netpol.aio.tasks import TaskSet
+from netpol.config import Settings
+from netpol.enforce.feed import Feed
+from netpol.enforce.live import live_view
+from netpol.enforce.node import NodeFacts
+from netpol.enforce.worker import PolicyRoom
+from netpol.k8s import informers
+from netpol.k8s.api import Api
+from netpol.k8s.decode import KINDS
+from netpol.k8s.watching import Selection
+from netpol.kernel.drivers import Variant
+from netpol.kernel.sets import NetlinkSets
+from netpol.kernel.tables import RestoreTables
+from netpol.kernel.variant import detect
+from netpol.lib.errors import InputError, NetpolError, NoAnswerError
+from netpol.model.ids import ObjectKey
+from netpol.policy.graph import Graph
+
+_log = structlog.get_logger("netpol")
+
+#: The watch of the cluster's pods stays this long after the last policy that needs it went.
+PEERS_LINGER_S = 60.0
+_CLUSTER_PODS = "cluster pods"
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parse settings, run until a signal; returns the exit code."""
+    args = config.parser().parse_args(argv)
+    if args.version:
+        print(f"netpol-agent {__version__}")  # noqa: T201
+        return 0
+    try:
+        settings = config.load(args, os.environ)
+        if os.geteuid() != 0:
+            raise NoAnswerError("netpol-agent", needed="root", got=f"uid {os.geteuid()}")
+        _configure_log(settings)
+        asyncio.run(_main(settings))
+    except NetpolError as e:
+        print(f"netpol-agent: {e}", file=sys.stderr)  # noqa: T201
+        return e.exit_code
+    return 0
+
+
+def _configure_log(settings: Settings) -> None:
+    console = settings.log_format == "console" or (
+        settings.log_format == "auto" and sys.stderr.isatty()
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+async def _main(settings: Settings) -> None:
+    agent = Agent(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await agent.start()
+        await stop.wait()
+        _log.info("stopping", rules="stay in force")
+    finally:
+        await agent.stop()
+
+
+class Agent:
+    """One node's agent."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._clock = SystemClock()
+        self._tasks = TaskSet(on_death=self._task_died)
+        self._fatal = ""
+        self.graph = Graph(settings.node)
+        if settings.xtables_lockfile:
+            os.environ["XTABLES_LOCKFILE"] = settings.xtables_lockfile
+        self._facts = NodeFacts(settings)
+        self._sets = NetlinkSets(mark_mask=settings.field_mask)
+        variant = detect() if settings.iptables == "auto" else Variant(settings.iptables)
+        self._tables = RestoreTables(variant)
+        self.room = PolicyRoom(
+            self.graph,
+            sets=self._sets,
+            tables=self._tables,
+            options=self._facts.options(),
+            clock=self._clock,
+            before_reconcile=self._facts.options,
+        )
+        self.feed = Feed(self.graph, self.room.changed)
+        self._health: HealthServer | None = None
+        self._admin = AdminServer(
+            settings.admin_socket, {"status": self._status_op, "explain": self._explain_op}
+        )
+        self._api: Api | None = None
+        self._watches: informers.InformerSet | None = None
+        self._peers_since_s = 0.0
+
+    # -- start and stop ---------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start everything in order; returns once the first apply is under way."""
+        await self._admin.start()  # first: a second agent of the node ends here
+        self._facts.prepare()
+        if self.settings.health_addr:
+            self._health = HealthServer(alive=self._alive, ready=self._ready, metrics=self._metrics)
+            host, _, port = self.settings.health_addr.rpartition(":")
+            await self._health.start(host.strip("[]"), int(port))
+        _log.info(
+            "starting", version=__version__, node=self.settings.node, **self._facts.describe()
+        )
+        if await self.room.hold():
+            _log.info("fresh node", hold=[str(r) for r in self._facts.options().hold_ranges])
+        self._api = await self._connect()
+        self._watches = informers.InformerSet(self._api, on_death=self._task_died)
+        self._tasks.spawn("policy room", self.room.run_forever())
+        self._tasks.spawn("start", self._sync_then_run())
+        self._tasks.spawn("addresses", self._facts.watch(self.room.resync))
+
+    async def _connect(self) -> Api:
+        s = self.settings
+        if s.api_server:
+            return Api.for_server(
+                s.api_server,
+                token_file=Path(s.token_file) if s.token_file else None,
+                ca_file=Path(s.ca_file) if s.ca_file else None,
+                clock=self._clock,
+            )
+        if s.kubeconfig:
+            return await Api.from_kubeconfig(Path(s.kubeconfig))
+        return Api.in_cluster(clock=self._clock)
+
+    async def _sync_then_run(self) -> None:
+        """The barrier: all watches that policy needs, then the first apply; then mind the peers."""
+        watches = self._watches
+        if watches is None:
+            raise InputError("the agent was not started")
+        pods = watches.start(
+            KINDS["Pod"], name="local pods", selection=informers.pods_on(self.settings.node)
+        )
+        pods.store.subscribe(self.feed.local_pod)
+        namespaces = watches.start(KINDS["Namespace"])
+        namespaces.store.subscribe(self.feed.namespace)
+        policies = watches.start(KINDS["NetworkPolicy"])
+        policies.store.subscribe(self.feed.policy)
+        nodes = watches.start(
+            KINDS["Node"], selection=Selection(fields=(f"metadata.name={self.settings.node}",))
+        )
+        nodes.store.subscribe(lambda change: self._facts.node_changed(change.after))
+        await watches.wait_synced()
+        # Classes are known now; whether their policies have peers decides about the great watch.
+        self.graph.flush(together=True)
+        await self._mind_peers(wait=True)
+        self.room.start()
+        _log.info("caches in sync", watches=[w.name for w in watches.status()])
+        while True:
+            await self._clock.sleep(1.0)
+            await self._mind_peers(wait=False)
+
+    async def _mind_peers(self, *, wait: bool) -> None:
+        watches = self._watches
+        if watches is None:
+            return
+        running = watches.get(_CLUSTER_PODS) is not None
+        now_s = self._clock.monotonic()
+        if self.graph.needs_peers:
+            self._peers_since_s = now_s
+            if not running:
+                informer = watches.start(
+                    KINDS["Pod"], name=_CLUSTER_PODS, selection=informers.pods_everywhere()
+                )
+                informer.store.subscribe(self.feed.cluster_pod)
+                if wait:
+                    await watches.wait_synced()
+        elif running and now_s - self._peers_since_s > PEERS_LINGER_S:
+            await watches.stop(_CLUSTER_PODS)
+
+    async def stop(self) -> None:
+        """End tasks and connections; the kernel's rules stay as they are."""
+        await self._tasks.cancel()
+        if self._watches is not None:
+            await self._watches.close()
+        if self._api is not None:
+            await self._api.close()
+        if self._health is not None:
+            await self._health.stop()
+        await self._admin.close()
+        self._facts.close()
+        self.room.close()
+
+    def _task_died(self, name: str, error: BaseException | None) -> None:
+        self._fatal = f"task {name} died: {error}"
+
+    # -- what it shows ----------------------------------------------------------------------
+
+    def _alive(self) -> str | None:
+        return self._fatal or None
+
+    def _ready(self) -> str | None:
+        if self._fatal:
+            return self._fatal
+        if self.room.status.error:
+            return f"policy: {self.room.status.error}"
+        if not self.room.ready:
+            waiting = (
+                [w.name for w in self._watches.status() if not w.synced] if self._watches else []
+            )
+            return f"not in sync yet: {', '.join(waiting) or 'first apply'}"
+        return None
+
+    def status(self) -> dict[str, Any]:
+        """The document of `netpol-ctl status`."""
+        room = self.room.status
+        applied = room.applied_at_s
+        errors = [e for e in (self._fatal, room.error, *self._facts.faults()) if e]
+        counts = self.room.dataplane.counts()
+        return {
+            "node": self.settings.node,
+            "version": __version__,
+            "ready": self._ready() is None,
+            "generation": self.room.generation,
+            "applied_generation": room.applied_generation,
+            "in_sync": self.room.in_sync,
+            "applied_age_s": None if applied is None else self._clock.monotonic() - applied,
+            "iptables": self._tables.variant.value,
+            "watches": [
+                {
+                    "name": w.name,
+                    "kind": w.kind,
+                    "selection": w.selection,
+                    "resource_version": w.resource_version,
+                    "synced": w.synced,
+                    "objects": w.objects,
+                    "errors": w.errors,
+                    "last_error": w.last_error,
+                    "rejected": w.rejected,
+                }
+                for w in (self._watches.status() if self._watches else ())
+            ],
+            "rooms": {
+                "policy": {
+                    **counts,
+                    "applies": room.applies,
+                    "reconciles": room.reconciles,
+                    "table_transactions": room.table_transactions,
+                    "drifts": room.drifts,
+                    "last_drift": room.drift,
+                    "failures": room.failures,
+                    "errors": [room.error] if room.error else [],
+                    "invalid_policies": {
+                        str(k): [f"{p.field}: {p.message}" for p in v]
+                        for k, v in sorted(self.feed.problems.items())
+                    },
+                }
+            },
+            "node_facts": self._facts.describe(),
+            "errors": errors,
+        }
+
+    def _metrics(self) -> Iterable[Metric]:
+        room = self.room.status
+        yield gauge(
+            "ready",
+            "1 when everything is applied and the last apply succeeded",
+            self._ready() is None,
+        )
+        yield gauge("generation", "Changes seen by the policy graph", self.room.generation)
+        yield gauge("applied_generation", "Changes that are in the kernel", room.applied_generation)
+        for name, value in self.room.dataplane.counts().items():
+            yield gauge(f"policy_{name}", f"Number of {name} of the policy dataplane", value)
+        yield counter("applies", "Plans applied to the kernel", room.applies)
+        yield counter("apply_failures", "Applies that failed and were repeated", room.failures)
+        yield counter(
+            "reconciles", "Full comparisons with the kernel that were applied", room.reconciles
+        )
+        yield counter(
+            "table_transactions", "Plans with iptables transactions", room.table_transactions
+        )
+        yield counter("drifts", "Times the kernel was found changed by somebody else", room.drifts)
+        yield gauge(
+            "invalid_policies",
+            "Policies with parts that the API would refuse",
+            len(self.feed.problems),
+        )
+        for watch in self._watches.status() if self._watches else ():
+            label = watch.name.replace(" ", "_")
+            yield counter(
+                f"watch_errors_{label}", f"Errors of the watch {watch.name}", watch.errors
+            )
+            yield gauge(
+                f"watch_objects_{label}", f"Objects of the watch {watch.name}", watch.objects
+            )
+
+    async def _status_op(self, _: dict[str, Any]) -> dict[str, Any]:
+        return self.status()
+
+    async def _explain_op(self, args: dict[str, Any]) -> dict[str, Any]:
+        namespace, _, name = str(args.get("pod", "")).partition("/")
+        pod = self.graph.local_pods.get(ObjectKey(namespace, name))
+        if pod is None:
+            raise NoAnswerError(
+                f"pod {namespace}/{name}", needed=f"a pod of node {self.settings.node}"
+            )
+        found = await asyncio.to_thread(live_view, pod, self._sets, self._tables)
+        return {
+            **found,
+            "in_sync": self.room.in_sync,
+            "generation": self.room.status.applied_generation,
+        }

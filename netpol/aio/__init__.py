@@ -1,0 +1,1 @@
+"""Floor 1: clock, tasks and runners on asyncio; no domain."""

@@ -1,0 +1,1 @@
+"""Room: attributes dropped packets to pods and policies and logs them."""

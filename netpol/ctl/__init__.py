@@ -1,0 +1,1 @@
+"""Root: the command netpol-ctl."""

@@ -1,0 +1,103 @@
+"""`netpol-ctl cleanup`: removes all that is ours from this node's kernel, and nothing else.
+
+Both variants of iptables, both families, then the sets (which rules reference). A variant that holds
+nothing of ours is not touched, so that no table of it comes into being.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from netpol.admin import client
+from netpol.ctl.output import emit, plural
+from netpol.kernel.drivers import (
+    DestroySet,
+    HookState,
+    SetTransaction,
+    TableDriver,
+    TableTransaction,
+    Variant,
+)
+from netpol.lib.errors import KernelMissingError, NetpolError, NoAnswerError
+from netpol.model.net import FAMILIES, Family
+from netpol.model.ruleset import Hook
+
+#: Tables that netpol writes (filter only with --deny-with=reject).
+TABLES = ("mangle", "filter")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Remove; refused while an agent runs, since it would write everything again."""
+    if os.geteuid() != 0:
+        raise NoAnswerError("cleanup changes the kernel", needed="root")
+    if not args.force:
+        _refuse_if_running(args.socket)
+    removed: dict[str, Any] = {"chains": 0, "jumps": 0, "sets": 0}
+    for driver in _drivers():
+        for family in FAMILIES:
+            for table in TABLES:
+                chains, jumps = clean_table(driver, table, family)
+                removed["chains"] += chains
+                removed["jumps"] += jumps
+    removed["sets"] = _clean_sets()
+    what = ", ".join(plural(removed[k], k[:-1]) for k in ("chains", "jumps", "sets"))
+    nothing = not any(removed.values())
+    emit(
+        {"removed": removed},
+        "nothing of netpol here" if nothing else f"removed {what}",
+        form=args.output,
+    )
+    return 0
+
+
+def clean_table(driver: TableDriver, table: str, family: Family) -> tuple[int, int]:
+    """Remove our chains and jumps from one table; how many of each."""
+    dump = driver.dump(table, family)
+    hooks: dict[Hook, HookState] = {h: s for h, s in dump.hooks.items() if s.jumps}
+    if not dump.chains and not hooks:
+        return 0, 0
+    driver.apply(
+        TableTransaction(
+            table,
+            family,
+            delete=tuple(dump.chains),
+            hooks=dict.fromkeys(hooks),
+            hook_state=hooks,
+        )
+    )
+    return len(dump.chains), sum(len(s.jumps) for s in hooks.values())
+
+
+def _drivers() -> list[TableDriver]:
+    from netpol.kernel.tables import RestoreTables
+
+    return [RestoreTables(v) for v in Variant]
+
+
+def _clean_sets() -> int:
+    from netpol.kernel.sets import NetlinkSets
+
+    try:
+        sets = NetlinkSets()
+    except KernelMissingError:
+        return 0  # a kernel without ipset has no set of ours
+    try:
+        names = sorted(sets.headers())
+        sets.apply(SetTransaction(tuple(DestroySet(n) for n in names)))
+        return len(names)
+    finally:
+        sets.close()
+
+
+def _refuse_if_running(socket: str) -> None:
+    try:
+        client.call(socket, "status", timeout_s=2.0)
+    except NetpolError as e:
+        if "no agent answers" in str(e):
+            return
+    raise NoAnswerError(
+        f"an agent runs at {socket} and would write everything again",
+        needed="it stopped, or --force",
+    )

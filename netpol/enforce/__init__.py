@@ -1,0 +1,1 @@
+"""Room: applies desired sets and chains to the kernel."""

@@ -1,0 +1,438 @@
+"""The node's policy dataplane: keeps the kernel at what the graph says.
+
+Owns what was applied (chains, numbers, which sets exist) and how to get from there to what is wanted:
+`change` for a delta of the graph (what it costs depends on the delta alone), `reconcile` for everything
+(start, drift, after a failure), `collect` for what nothing leads to any more. All three are pure: they
+return a `Plan`; `execute` is the only one that touches the kernel, and `done` records that it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from netpol.enforce.numbers import Numbers, leaves_of
+from netpol.enforce.plan import (
+    MAPS,
+    Plan,
+    SetChange,
+    TableChange,
+    assemble,
+    garbage,
+    set_changes,
+)
+from netpol.kernel.drivers import (
+    HookState,
+    SetDriver,
+    SetDump,
+    SetTransaction,
+    TableDriver,
+    TableDump,
+)
+from netpol.model.ids import ChainName, Direction, SetName
+from netpol.model.net import FAMILIES, Family, Prefix, family_of
+from netpol.model.ruleset import Chain, Member, Members, SetSpec
+from netpol.policy.graph import ClassKey, Graph, GraphDelta, LocalPod
+from netpol.render import classes, names, policies, static
+from netpol.render.node import (
+    Desired,
+    classes_in_use,
+    member_spec,
+    member_values,
+    members_at,
+    render_graph,
+)
+from netpol.render.options import RenderOptions
+
+TABLE = "mangle"
+
+#: A chain that the kernel does not have, unlike any chain that it has.
+_ABSENT: object = object()
+
+#: The change of a set in the plan that is being made; made on first use.
+_At = Callable[[SetSpec], SetChange]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelDump:
+    """Everything of ours in the kernel, at one look."""
+
+    sets: Mapping[SetName, SetDump]
+    tables: Mapping[Family, TableDump]
+
+
+def dump_kernel(sets: SetDriver, tables: TableDriver) -> KernelDump:
+    """Read everything of ours (blocking)."""
+    return KernelDump(sets.dump(), {f: tables.dump(TABLE, f) for f in FAMILIES})
+
+
+def execute(plan: Plan, sets: SetDriver, tables: TableDriver) -> None:
+    """Apply a plan (blocking). Raises SetError or TableError; steps before it stay applied."""
+    for step in plan.steps:
+        if isinstance(step, SetTransaction):
+            sets.apply(step)
+        else:
+            tables.apply(step)
+
+
+@dataclass(slots=True)
+class _Applied:
+    """What the kernel has, as far as we know."""
+
+    chains: dict[Family, dict[ChainName, Chain]] = field(
+        default_factory=lambda: {f: {} for f in FAMILIES}
+    )
+    sets: set[SetName] = field(default_factory=set)
+    # Address of a local pod to (uid, whether it is in force): to see that an address moved to another pod.
+    holders: dict[bytes, str] = field(default_factory=dict)
+
+
+class Dataplane:
+    """Plans for one node. Not thread-safe; planning happens in the loop, `execute` elsewhere."""
+
+    def __init__(self, graph: Graph, options: RenderOptions) -> None:
+        self.graph, self.options = graph, options
+        self.numbers = Numbers(options)
+        self._applied = _Applied()
+        self._users: dict[ClassKey, int] = {}
+        # Sets that left use, with members that nobody keeps; a dump says what is in one that comes back.
+        self._stale: set[SetName] = set()
+        # Classes without a number. They stay so while they have pods, even if a number gets free:
+        # a class in the middle of the change would be found by neither way.
+        self._over: set[ClassKey] = set()
+        self._extra_chains = False
+
+    # -- everything -------------------------------------------------------------------------
+
+    def reconcile(self, dump: KernelDump) -> Plan:
+        """What brings the kernel, as dumped, to what the graph says (which was flushed before)."""
+        self._adopt(dump)
+        used = classes_in_use(self.graph)
+        self._over &= set(used)
+        for key in used:
+            self._number(key)
+        self._users = {}
+        for pod in self.graph.local_pods.values():
+            self._count(pod, 1)
+        desired = render_graph(self.graph, self.options, self._numbers_of(used))
+        changes = set_changes(desired.sets, dump.sets)
+        # An overflow set that left use is emptied: its class may come back to it, pod by pod.
+        changes += [
+            SetChange(d.spec, delete=list(d.members))
+            for n, d in dump.sets.items()
+            if names.is_overflow_set(n) and n not in desired.sets and d.members
+        ]
+        moved = {
+            m: True
+            for change in changes
+            if change.spec.name in MAPS and change.spec.name in dump.sets
+            for m in change.add
+            if m in dump.sets[change.spec.name].members
+        }
+        for family in FAMILIES:
+            # Leaves of a former agent stay until no map entry can lead to them.
+            chains = {**desired.rulesets[family].chains, **self._trees(family)}
+            desired.rulesets[family] = replace(desired.rulesets[family], chains=chains)
+        tables = {f: self._table_change(desired, dump, f) for f in FAMILIES}
+        self._remember(desired, dump)
+        return assemble(sets=changes, tables=tables, moved=moved)
+
+    def _numbers_of(self, used: list[ClassKey]) -> dict[ClassKey, int]:
+        return {k: self.numbers.used[k] for k in used if k in self.numbers.used}
+
+    def _number(self, key: ClassKey) -> None:
+        if key not in self._over and self.numbers.assign(key) is None:
+            self._over.add(key)
+
+    def _adopt(self, dump: KernelDump) -> None:
+        self.numbers = Numbers(self.options)
+        for direction in Direction:
+            leaves: dict[int, ChainName] = {}
+            for family in FAMILIES:
+                leaves |= leaves_of(dump.tables[family].chains, direction, self.options)
+            self.numbers.adopt(direction, leaves)
+
+    def _table_change(self, desired: Desired, dump: KernelDump, family: Family) -> TableChange:
+        want, have = desired.rulesets[family], dump.tables[family]
+        change = TableChange()
+        for name, chain in want.chains.items():
+            if have.chains.get(name) != chain:
+                change.replace[name] = chain
+        for hook, chain_name in want.hooks.items():
+            state = have.hooks.get(hook, HookState())
+            if state.jumps != ((1, chain_name),):
+                change.hooks[hook] = chain_name
+                change.hook_state[hook] = state
+        return change
+
+    def _remember(self, desired: Desired, dump: KernelDump) -> None:
+        """Record what will be there once the plan is applied; what is extra is garbage."""
+        for family in FAMILIES:
+            # Extra chains have unknown contents here; an empty tuple marks them for the garbage.
+            extra = dict.fromkeys(dump.tables[family].chains, ())
+            self._extra_chains |= bool(set(extra) - set(desired.rulesets[family].chains))
+            self._applied.chains[family] = {**extra, **desired.rulesets[family].chains}
+        self._applied.sets = {*dump.sets, *desired.sets}
+        self._stale = set(dump.sets) - set(desired.sets)
+        self._applied.holders = {
+            a: p.uid for p in self.graph.local_pods.values() for a in p.addresses
+        }
+
+    # -- one delta --------------------------------------------------------------------------
+
+    def change(self, delta: GraphDelta, returning: Mapping[SetName, SetDump]) -> Plan:
+        """What a delta of the graph changes in the kernel.
+
+        Args:
+            delta: from `Graph.flush`.
+            returning: dumps of the sets that `returning_sets` named.
+
+        The caller must `reconcile` after any failure of the plan, since this records it as applied.
+        """
+        changes: dict[SetName, SetChange] = {}
+
+        def at(spec: SetSpec) -> SetChange:
+            change = changes.get(spec.name)
+            if change is None:
+                change = changes[spec.name] = SetChange(spec)
+                if spec.name not in self._applied.sets:
+                    change.create = True
+                    self._applied.sets.add(spec.name)
+            return change
+
+        self._count_delta(delta)
+        new_classes = self._assign(delta)
+        self._peer_sets(delta, at, returning)
+        moved, recreated = self._pod_sets(delta, at)
+        tables = self._tables(delta, new_classes, at)
+        return assemble(
+            sets=changes.values(), tables=tables, moved=moved, recreated=frozenset(recreated)
+        )
+
+    def returning_sets(self, delta: GraphDelta) -> list[SetName]:
+        """Sets that a delta brings back into use while the kernel still has them, with old members."""
+        back = {names.member_set(k, f) for k in delta.new_sets for f in FAMILIES}
+        return sorted(back & self._stale)
+
+    def _count(self, pod: LocalPod | None, step: int) -> None:
+        for key in (pod.ingress, pod.egress) if pod is not None else ():
+            if key is not None:
+                self._users[key] = self._users.get(key, 0) + step
+
+    def _count_delta(self, delta: GraphDelta) -> None:
+        for key, pod in delta.pods.items():
+            self._count(pod, 1)
+            self._count(delta.before.get(key), -1)
+
+    def _assign(self, delta: GraphDelta) -> list[ClassKey]:
+        """Give numbers to the classes that appear; returns those whose chains are missing."""
+        missing = []
+        for pod in delta.pods.values():
+            for key in (pod.ingress, pod.egress) if pod is not None else ():
+                if key is None:
+                    continue
+                self._number(key)
+                chain = names.class_chain(key)
+                if any(not self._applied.chains[f].get(chain) for f in FAMILIES):
+                    missing.append(key)
+        return missing
+
+    def _peer_sets(self, delta: GraphDelta, at: _At, returning: Mapping[SetName, SetDump]) -> None:
+        for key in delta.new_sets:
+            for family in FAMILIES:
+                spec = member_spec(key, family)
+                change, want = at(spec), member_values(self.graph, key, family)
+                have: Members = returning[spec.name].members if spec.name in returning else {}
+                change.add.update({m: v for m, v in want.items() if m not in have})
+                change.delete += [m for m in have if m not in want]
+                change.fresh = True
+                self._stale.discard(spec.name)
+        for key in delta.gone_sets:
+            self._stale |= {names.member_set(key, f) for f in FAMILIES}
+        for key, set_delta in delta.set_deltas.items():
+            if key in delta.new_sets:
+                continue
+            for address, (old, new) in set_delta.changes.items():
+                change = at(member_spec(key, family_of(address)))
+                had, has = members_at(key, address, old), members_at(key, address, new)
+                change.add.update(dict.fromkeys(m for m in has if m not in had))
+                change.delete += [m for m in had if m not in has]
+
+    def _pod_sets(self, delta: GraphDelta, at: _At) -> tuple[dict[Member, bool], set[Prefix]]:
+        """Entries of local pods; returns map entries that change, and those of a new holder."""
+        numbers = self.numbers.used
+        old: dict[SetSpec, dict[Member, int | None]] = {}
+        new: dict[SetSpec, dict[Member, int | None]] = {}
+        for key, pod in delta.pods.items():
+            for side, version in ((old, delta.before.get(key)), (new, pod)):
+                if version is None:
+                    continue
+                for family in FAMILIES:
+                    for spec, members in classes.pod_set_members(
+                        version, numbers, self.options, family
+                    ).values():
+                        side.setdefault(spec, {}).update(members)
+        recreated = self._holders(delta)
+        moved: dict[Member, bool] = {}
+        for spec in {*old, *new}:
+            had, want = old.get(spec, {}), new.get(spec, {})
+            for member, value in want.items():
+                again = member in recreated
+                if had.get(member, -1) != value or again:
+                    at(spec).add[member] = value
+                    if spec.name in MAPS and member in had and not again:
+                        moved[member] = True
+            for member in had:
+                if member not in want:
+                    at(spec).delete.append(member)
+        return moved, recreated
+
+    def _holders(self, delta: GraphDelta) -> set[Prefix]:
+        """Addresses that one local pod gave up and another has now."""
+        recreated: set[Prefix] = set()
+        holders = self._applied.holders
+        for key in delta.pods:
+            old = delta.before.get(key)
+            for address in old.addresses if old else ():
+                if holders.get(address) == (old.uid if old else ""):
+                    del holders[address]
+        given_up = {a for k in delta.pods if (o := delta.before.get(k)) for a in o.addresses}
+        for key, pod in delta.pods.items():
+            if pod is None:
+                continue
+            old = delta.before.get(key)
+            for address in pod.addresses:
+                holders[address] = pod.uid
+                same = old is not None and old.uid == pod.uid and address in old.addresses
+                if address in given_up and not same:
+                    recreated.add(Prefix(address, len(address) * 8))
+        return recreated
+
+    def _tables(
+        self, delta: GraphDelta, new_classes: list[ClassKey], at: _At
+    ) -> dict[Family, TableChange]:
+        tables: dict[Family, TableChange] = {f: TableChange() for f in FAMILIES}
+        for family, table in tables.items():
+            want: dict[ChainName, Chain] = {}
+            for identity, policy in delta.policies.items():
+                if policy is None:
+                    continue
+                for direction in identity.isolates:
+                    chain = names.policy_chain(identity, direction)
+                    want[chain] = policies.policy_rules(policy, direction, family)
+                for spec, members in policies.policy_net_sets(policy, family).values():
+                    if spec.name not in self._applied.sets or spec.name in self._stale:
+                        at(spec).add.update(members)
+                        self._stale.discard(spec.name)
+            for key in new_classes:
+                want[names.class_chain(key)] = classes.class_rules(key, self.options, family)
+            if new_classes:
+                want |= self._trees(family)
+                for key in self._overflow():
+                    at(classes.overflow_spec(key, family))
+            have = self._applied.chains[family]
+            table.replace = {n: c for n, c in want.items() if have.get(n, _ABSENT) != c}
+            have.update(table.replace)
+        return tables
+
+    def _overflow(self) -> list[ClassKey]:
+        return sorted(self._over)
+
+    def _trees(self, family: Family) -> dict[ChainName, Chain]:
+        out: dict[ChainName, Chain] = {}
+        for direction in Direction:
+            out |= classes.tree_chains(
+                direction,
+                self.numbers.used,
+                self._overflow(),
+                options=self.options,
+                family=family,
+                extra=self.numbers.foreign(direction),
+            )
+        return out
+
+    # -- garbage ----------------------------------------------------------------------------
+
+    def collect(self) -> Plan:
+        """What removes everything that nothing leads to; records it as done."""
+        self._extra_chains = False
+        retired = [k for k, n in self._users.items() if not n]
+        for key in retired:
+            del self._users[key]
+            self._over.discard(key)
+        self.numbers.release(retired)
+        self.numbers.settle()
+        want: set[ChainName] = set()
+        used = list(self._users)
+        replace: dict[Family, dict[ChainName, Chain]] = {}
+        doomed: dict[Family, list[ChainName]] = {}
+        net_sets: set[SetName] = set()
+        for family in FAMILIES:
+            trees = self._trees(family)
+            want |= set(trees) | set(static.static_chains(self.options, family))
+            have = self._applied.chains[family]
+            replace[family] = {n: c for n, c in trees.items() if have.get(n, _ABSENT) != c}
+            have.update(replace[family])
+            for policy in self.graph.active_policies.values():
+                net_sets |= set(policies.policy_net_sets(policy, family))
+        want |= {names.class_chain(k) for k in used}
+        for identity in self.graph.active_policies:
+            want |= {names.policy_chain(identity, d) for d in identity.isolates}
+        for family in FAMILIES:
+            have = self._applied.chains[family]
+            doomed[family] = [n for n in have if n not in want]
+            for name in doomed[family]:
+                del have[name]
+        keep = net_sets | set(MAPS)
+        keep |= {names.member_set(k, f) for k in self.graph.members.active() for f in FAMILIES}
+        keep |= {names.overflow_set(k, f) for k in self._overflow() for f in FAMILIES}
+        gone = sorted(self._applied.sets - keep)
+        self._applied.sets -= set(gone)
+        self._stale -= set(gone)
+        return garbage(chains=doomed, replace=replace, sets=gone)
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def drift(self, dump: KernelDump) -> str:
+        """What differs between a dump and what was applied, in words; "" when nothing does.
+
+        What waits for the garbage does not count.
+        """
+        found: list[str] = []
+        for family in FAMILIES:
+            want, have = self._applied.chains[family], dump.tables[family]
+            tool = "iptables" if family is Family.V4 else "ip6tables"
+            for name, chain in want.items():
+                if chain and have.chains.get(name) != chain:
+                    state = "changed" if name in have.chains else "gone"
+                    found.append(f"{tool} chain {name} is {state}")
+            found += [f"{tool} chain {n} is not ours to have" for n in have.chains if n not in want]
+            for hook in static.HOOKS:
+                jumps = have.hooks.get(hook, HookState()).jumps
+                if jumps != ((1, names.hook_chain(hook)),):
+                    found.append(f"{tool} {hook} does not begin with our jump alone")
+        desired = render_graph(
+            self.graph, self.options, self._numbers_of(classes_in_use(self.graph))
+        )
+        for change in set_changes(desired.sets, dump.sets):
+            what = "is gone" if change.create else f"has {len(change.delete)} members too many"
+            missing = "" if change.create else f", {len(change.add)} missing"
+            found.append(f"set {change.spec.name} {what}{missing}")
+        found += [f"set {n} is not ours to have" for n in dump.sets if n not in self._applied.sets]
+        return "; ".join(found[:5]) + ("; and more" if len(found) > 5 else "")
+
+    @property
+    def has_garbage(self) -> bool:
+        """Whether `collect` would find something."""
+        return bool(self._stale) or self._extra_chains or any(not n for n in self._users.values())
+
+    def counts(self) -> dict[str, int]:
+        """Sizes for status and metrics."""
+        chains = self._applied.chains
+        return {
+            "sets": len(self._applied.sets),
+            "chains": sum(len(c) for c in chains.values()),
+            "rules": sum(len(c) for by_name in chains.values() for c in by_name.values()),
+            "classes": sum(1 for n in self._users.values() if n),
+            "pods": len(self.graph.local_pods),
+        }

@@ -1,0 +1,157 @@
+"""What the rules must know of the node itself: pod interfaces and ranges, own addresses, sysctls.
+
+Settings beat what the CNI configuration says, which beats the Node object. Own addresses come from the
+kernel and are watched, since the bridge gets the gateway address only with the first pod. Of the last
+pod ranges a state file tells, so that a node that boots without its API server holds from the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from netpol.config import Settings
+from netpol.kernel.conflist import PodNetwork, read_pod_network
+from netpol.kernel.links import AddressMonitor, own_addresses
+from netpol.kernel.sysctl import BRIDGE_NF_KEYS, keep_sysctl
+from netpol.model.net import Prefix, parse_prefix
+from netpol.model.objects import Node
+from netpol.render.options import RenderOptions
+
+_log = structlog.get_logger(__name__)
+
+#: How often what has no events is looked at: sysctls, the CNI configuration.
+LOOK_EVERY_S = 5.0
+
+
+class NodeFacts:
+    """Facts about one node, for `RenderOptions` and status."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._state_file = Path(settings.state_dir) / "node.json"
+        self._network = PodNetwork()
+        self._node: Node | None = None
+        self._remembered: tuple[Prefix, ...] = ()
+        self._addresses: tuple[bytes, ...] = ()
+        self._sysctl_faults: list[str] = []
+        self._monitor: AddressMonitor | None = None
+
+    def prepare(self) -> None:
+        """Read everything once, before the first rule."""
+        self._remembered = self._recall()
+        self._look()
+        self._addresses = own_addresses()
+
+    def _look(self) -> None:
+        self._network = read_pod_network(Path(self._settings.cni_conf_dir))
+        self._sysctl_faults = [
+            fault for key in BRIDGE_NF_KEYS if (fault := keep_sysctl(key, "1")) is not None
+        ]
+
+    def node_changed(self, node: Node | None) -> None:
+        """The Node object of this node."""
+        self._node = node
+
+    def options(self) -> RenderOptions:
+        """What the renderers are given."""
+        s = self._settings
+        return RenderOptions(
+            field_mask=s.field_mask,
+            nflog_group=s.nflog_group,
+            log_per_second=s.log_per_second,
+            log_burst=s.log_burst,
+            pod_interfaces=self._interfaces(),
+            hold_ranges=self.hold_ranges(),
+            own_addresses=self._addresses,
+        )
+
+    def _interfaces(self) -> tuple[str, ...]:
+        return self._settings.pod_interfaces or self._network.interfaces
+
+    def hold_ranges(self) -> tuple[Prefix, ...]:
+        """Ranges whose unknown addresses are denied."""
+        s = self._settings
+        if s.hold_unknown_pods == "off":
+            return ()
+        if s.ranges:
+            return s.ranges
+        return self._network.ranges if self._network.known else self._remembered
+
+    async def watch(self, changed: Callable[[], None]) -> None:
+        """Mark when an own address, the CNI configuration or a sysctl changed; until cancelled."""
+        self._monitor = AddressMonitor()
+        asyncio.get_running_loop().add_reader(
+            self._monitor.fileno(), self._address_event, self._monitor, changed
+        )
+        while True:
+            before = self.options()
+            self._look()
+            if self.options() != before:
+                changed()
+            self._remember(self.hold_ranges())
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _address_event(self, monitor: AddressMonitor, changed: Callable[[], None]) -> None:
+        monitor.drain()
+        now = own_addresses()
+        if now != self._addresses:
+            self._addresses = now
+            changed()
+
+    def close(self) -> None:
+        """Release the socket."""
+        if self._monitor is not None:
+            asyncio.get_running_loop().remove_reader(self._monitor.fileno())
+            self._monitor.close()
+
+    # -- state ------------------------------------------------------------------------------
+
+    def _recall(self) -> tuple[Prefix, ...]:
+        try:
+            data = json.loads(self._state_file.read_text(encoding="utf-8"))
+            return tuple(parse_prefix(r) for r in data["hold_ranges"])
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            _log.warning("state file ignored", path=str(self._state_file), error=str(e))
+            return ()
+
+    def _remember(self, ranges: tuple[Prefix, ...]) -> None:
+        if ranges == self._remembered:
+            return
+        temporary = self._state_file.with_suffix(".tmp")
+        try:
+            self._state_file.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"hold_ranges": [str(r) for r in ranges]})
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self._state_file)
+        except OSError as e:
+            _log.warning("state file not written", path=str(self._state_file), error=str(e))
+            return
+        self._remembered = ranges
+
+    # -- status -----------------------------------------------------------------------------
+
+    def faults(self) -> list[str]:
+        """What keeps policy from being complete on this node."""
+        return list(self._sysctl_faults)
+
+    def describe(self) -> dict[str, Any]:
+        """For status and the log."""
+        held = self.hold_ranges()
+        notes = [self._network.note] if self._network.note else []
+        if not self._interfaces():
+            notes.append("no pod interfaces known: sources are not checked")
+        if not held:
+            notes.append("unknown pods are not held")
+        return {
+            "pod_interfaces": list(self._interfaces()),
+            "hold_ranges": [str(r) for r in held],
+            "notes": notes,
+        }

@@ -1,0 +1,243 @@
+"""The policy room: runs the dataplane on marks, checks for drift, keeps the last error for everyone to see.
+
+Owns when something is applied, not what. Nothing is written before `start` was told that the caches are
+in sync; what a former agent left in the kernel stays in force until then. Errors never end the room: the
+runner repeats, and every repetition begins from a fresh dump of the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import structlog
+
+from netpol.aio.clock import Clock, SystemClock
+from netpol.aio.runner import BoundedRunner
+from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.plan import Plan
+from netpol.kernel.drivers import SetDriver, TableDriver
+from netpol.lib.errors import NetpolError
+from netpol.policy.graph import Graph
+from netpol.render.options import RenderOptions
+
+_log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+#: After a write the kernel is read back at growing intervals, since whoever undoes us does it soon.
+FIRST_CHECK_S = 0.05
+LAST_CHECK_S = 3600.0
+#: Quiet time before garbage goes: what comes back within it costs nothing.
+GARBAGE_AFTER_S = 2.0
+
+
+@dataclass(slots=True)
+class RoomStatus:
+    """What the room did: for status, metrics and readiness."""
+
+    applied_generation: int = 0
+    applied_at_s: float | None = None
+    applies: int = 0
+    reconciles: int = 0
+    table_transactions: int = 0
+    drifts: int = 0
+    failures: int = 0
+    error: str = ""
+    drift: str = ""
+    timings_s: dict[str, float] = field(default_factory=dict)
+
+
+class PolicyRoom:
+    """Applies the graph to the kernel."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        sets: SetDriver,
+        tables: TableDriver,
+        options: RenderOptions,
+        clock: Clock | None = None,
+        before_reconcile: Callable[[], RenderOptions] | None = None,
+    ) -> None:
+        """Args: before_reconcile: gives the options anew (own addresses may have changed)."""
+        self.dataplane = Dataplane(graph, options)
+        self.status = RoomStatus()
+        self.generation = 0
+        self._graph, self._sets, self._tables = graph, sets, tables
+        self._clock = clock or SystemClock()
+        self._options = before_reconcile
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kernel")
+        self.runner = BoundedRunner(
+            self._run, min_s=0.0, retry_s=0.5, max_s=30.0, clock=self._clock, on_error=self._failed
+        )
+        self._started = False
+        self._dirty = True
+        self._check_after_s = FIRST_CHECK_S
+        self._wake = asyncio.Event()
+        self._lock = asyncio.Lock()  # one planner at a time: run, look, collect
+
+    # -- marks ------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """The graph was told something."""
+        self.generation += 1
+        if self._started:
+            self.runner.mark()
+
+    def start(self) -> None:
+        """The caches are in sync: from now on the graph is what the kernel must be."""
+        self._started = True
+        self._dirty = True
+        self.runner.mark()
+
+    def resync(self) -> None:
+        """Compare everything with the kernel at the next run."""
+        self._dirty = True
+        if self._started:
+            self.runner.mark()
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything was applied once and the last apply succeeded."""
+        return self.status.applied_at_s is not None and not self.status.error
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the kernel has everything that the graph was told."""
+        return self.ready and self.status.applied_generation == self.generation
+
+    # -- running ----------------------------------------------------------------------------
+
+    async def run_forever(self) -> None:
+        """Serve marks, look for drift and remove garbage until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.runner.run_forever(), name="policy runner")
+            group.create_task(self._housekeeping(), name="policy housekeeping")
+
+    async def hold(self) -> bool:
+        """On a node without a rule of ours, before anything is known: write the empty graph's rules.
+
+        They hold unknown pods, if ranges are given. Where a former agent left rules, those stay in
+        force and nothing is written. Returns whether it wrote.
+        """
+        dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
+        if any(t.chains for t in dump.tables.values()):
+            return False
+        await self._execute(self.dataplane.reconcile(dump))
+        return True
+
+    async def _run(self) -> None:
+        if not self._started:
+            return
+        async with self._lock:
+            generation = self.generation
+            if self._dirty:
+                await self._reconcile()
+            else:
+                await self._changes()
+        self.status.applied_generation = generation
+        self.status.applied_at_s = self._clock.monotonic()
+        self.status.error = ""
+        self._check_after_s = FIRST_CHECK_S
+        self._wake.set()
+
+    async def _reconcile(self) -> None:
+        self.status.reconciles += 1
+        if self._options is not None:
+            self.dataplane.options = self._options()
+        dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
+        self._graph.flush(together=True)
+        await self._execute(self.dataplane.reconcile(dump))
+        self._dirty = False
+
+    async def _changes(self) -> None:
+        # Pods first, then policies: see Graph.flush.
+        for _ in range(2):
+            delta = self._graph.flush()
+            if delta.empty:
+                if not self._graph.pending:
+                    return
+                continue
+            self._dirty = True  # until the plan went through, nobody knows what the kernel has
+            names = self.dataplane.returning_sets(delta)
+            returning = await self._kernel(partial(self._sets.dump, names)) if names else {}
+            await self._execute(self.dataplane.change(delta, returning))
+            self._dirty = False
+
+    async def _execute(self, plan: Plan) -> None:
+        if not plan.steps:
+            return
+        self.status.applies += 1
+        self.status.table_transactions += plan.touches_tables
+        await self._kernel(lambda: execute(plan, self._sets, self._tables))
+
+    async def _kernel(self, work: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, work)
+
+    def _failed(self, error: Exception) -> None:
+        self._dirty = True
+        self.status.failures += 1
+        self.status.error = str(error) or type(error).__name__
+        known = isinstance(error, NetpolError)
+        _log.error("apply failed", error=self.status.error, exc_info=None if known else error)
+
+    # -- drift and garbage ------------------------------------------------------------------
+
+    async def _housekeeping(self) -> None:
+        while True:
+            self._wake.clear()
+            await self._pause(self._check_after_s)
+            if self._wake.is_set() or not self.ready or self.runner.pending:
+                if not self.ready:
+                    await self._pause(1.0)
+                continue
+            try:
+                async with self._lock:
+                    await self._look()
+            except NetpolError as e:
+                _log.warning("looking at the kernel failed", error=str(e))
+                self.resync()
+            self._check_after_s = min(self._check_after_s * 2, LAST_CHECK_S)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not past the next apply."""
+        waiter = asyncio.ensure_future(self._wake.wait())
+        timer = asyncio.ensure_future(self._clock.sleep(seconds))
+        try:
+            await asyncio.wait((waiter, timer), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiter.cancel()
+            timer.cancel()
+            await asyncio.gather(waiter, timer, return_exceptions=True)
+
+    async def _look(self) -> None:
+        if self.dataplane.has_garbage and self._check_after_s >= GARBAGE_AFTER_S / 2:
+            await self._collect()
+            return
+        dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
+        if self._dirty or self.runner.pending:
+            return  # the graph moved on while we looked
+        drift = self.dataplane.drift(dump)
+        if drift:
+            self.status.drifts += 1
+            self.status.drift = drift
+            _log.warning("drift", what=drift)
+            self.resync()
+
+    async def _collect(self) -> None:
+        if self._dirty:
+            return
+        self._dirty = True
+        await self._execute(self.dataplane.collect())
+        self._dirty = False
+
+    def close(self) -> None:
+        """Release the kernel thread; rules stay."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._sets.close()

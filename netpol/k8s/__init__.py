@@ -1,0 +1,1 @@
+"""Floor 2: the only client of the Kubernetes API."""

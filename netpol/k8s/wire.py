@@ -1,0 +1,212 @@
+"""The objects as they stand on the wire, cut down to the fields that are read.
+
+Every field has a default and takes null, for three reasons: BOOKMARK and ERROR events carry objects
+without most of them, Go reads null as "not set", and manifests written by hand leave things out.
+Unknown fields are skipped by the decoder without being built, which is where the speed comes from.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from netpol.model.networkpolicy import NetworkPolicySpec
+
+
+class WireStruct(msgspec.Struct, gc=False, rename="camel"):
+    """Base: camelCase names, no garbage-collector tracking (a decoded tree has no cycles)."""
+
+
+class Meta(WireStruct):
+    """meta/v1 ObjectMeta."""
+
+    name: str | None = None
+    namespace: str | None = None
+    uid: str | None = None
+    resource_version: str | None = None
+    labels: dict[str, str] | None = None
+    creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
+
+
+class WireObject(WireStruct):
+    """What all kinds share. `kind` is absent in the items of a list."""
+
+    kind: str | None = None
+    metadata: Meta | None = None
+
+
+class WirePort(WireStruct):
+    """core/v1 ContainerPort."""
+
+    name: str | None = None
+    container_port: int | None = None
+    protocol: str | None = None
+
+
+class WireContainer(WireStruct):
+    """core/v1 Container."""
+
+    ports: list[WirePort] | None = None
+    restart_policy: str | None = None
+
+
+class WirePodSpec(WireStruct):
+    """core/v1 PodSpec."""
+
+    node_name: str | None = None
+    host_network: bool | None = None
+    containers: list[WireContainer] | None = None
+    init_containers: list[WireContainer] | None = None
+
+
+class WirePodIP(WireStruct):
+    """core/v1 PodIP."""
+
+    ip: str | None = None
+
+
+class WirePodStatus(WireStruct):
+    """core/v1 PodStatus."""
+
+    phase: str | None = None
+    pod_ip: str | None = msgspec.field(default=None, name="podIP")
+    pod_ips: list[WirePodIP] | None = msgspec.field(default=None, name="podIPs")
+
+
+class WirePod(WireObject):
+    """core/v1 Pod."""
+
+    spec: WirePodSpec | None = None
+    status: WirePodStatus | None = None
+
+
+class WireNamespace(WireObject):
+    """core/v1 Namespace."""
+
+
+class WireNodeAddress(WireStruct):
+    """core/v1 NodeAddress."""
+
+    type: str | None = None
+    address: str | None = None
+
+
+class WireNodeSpec(WireStruct):
+    """core/v1 NodeSpec."""
+
+    pod_cidr: str | None = msgspec.field(default=None, name="podCIDR")
+    pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
+
+
+class WireNodeStatus(WireStruct):
+    """core/v1 NodeStatus."""
+
+    addresses: list[WireNodeAddress] | None = None
+
+
+class WireNode(WireObject):
+    """core/v1 Node."""
+
+    spec: WireNodeSpec | None = None
+    status: WireNodeStatus | None = None
+
+
+class WireNetworkPolicy(WireObject):
+    """networking/v1 NetworkPolicy; the spec is kept as it is."""
+
+    spec: NetworkPolicySpec | None = None
+
+
+class WireServicePort(WireStruct):
+    """core/v1 ServicePort."""
+
+    name: str | None = None
+    protocol: str | None = None
+    port: int | None = None
+    target_port: int | str | None = None
+    node_port: int | None = None
+
+
+class WireServiceSpec(WireStruct):
+    """core/v1 ServiceSpec."""
+
+    type: str | None = None
+    cluster_ip: str | None = msgspec.field(default=None, name="clusterIP")
+    cluster_ips: list[str] | None = msgspec.field(default=None, name="clusterIPs")
+    selector: dict[str, str] | None = None
+    ports: list[WireServicePort] | None = None
+
+
+class WireService(WireObject):
+    """core/v1 Service."""
+
+    spec: WireServiceSpec | None = None
+
+
+class WireEndpointConditions(WireStruct):
+    """discovery/v1 EndpointConditions."""
+
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class WireReference(WireStruct):
+    """core/v1 ObjectReference."""
+
+    kind: str | None = None
+    namespace: str | None = None
+    name: str | None = None
+
+
+class WireEndpoint(WireStruct):
+    """discovery/v1 Endpoint."""
+
+    addresses: list[str] | None = None
+    conditions: WireEndpointConditions | None = None
+    node_name: str | None = None
+    target_ref: WireReference | None = None
+
+
+class WireEndpointPort(WireStruct):
+    """discovery/v1 EndpointPort."""
+
+    name: str | None = None
+    protocol: str | None = None
+    port: int | None = None
+
+
+class WireEndpointSlice(WireObject):
+    """discovery/v1 EndpointSlice."""
+
+    endpoints: list[WireEndpoint] | None = None
+    ports: list[WireEndpointPort] | None = None
+
+
+class ListMeta(WireStruct):
+    """meta/v1 ListMeta."""
+
+    resource_version: str | None = None
+    continue_: str | None = msgspec.field(default=None, name="continue")
+
+
+class Status(WireStruct):
+    """meta/v1 Status: what the API answers instead of an object when something failed."""
+
+    kind: str | None = None
+    code: int | None = None
+    reason: str | None = None
+    message: str | None = None
+
+
+class BookmarkMeta(WireStruct):
+    """ObjectMeta of a BOOKMARK event."""
+
+    resource_version: str | None = None
+    annotations: dict[str, str] | None = None
+
+
+class Bookmark(WireStruct):
+    """The object of a BOOKMARK event."""
+
+    metadata: BookmarkMeta | None = None

@@ -1,0 +1,83 @@
+"""What a node's CNI configuration says about its pods: the interface they are behind, and their ranges.
+
+Owns reading the file that the container runtime would take; never writes it. A file that cannot be read
+or understood is an answer too: the facts it would give are missing, and `note` says why.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from netpol.model.net import Prefix, parse_prefix
+
+#: libcni takes the first of these in order of name.
+_SUFFIXES = (".conf", ".conflist", ".json")
+#: The bridge plugin's default name.
+_DEFAULT_BRIDGE = "cni0"
+
+
+@dataclass(frozen=True, slots=True)
+class PodNetwork:
+    """Facts about the pods' network.
+
+    Attributes:
+        interfaces: host interfaces behind which pods are.
+        ranges: what host-local takes addresses from; () where another IPAM assigns them.
+        note: what is not known and why, or "".
+        known: whether a configuration was there and could be read.
+    """
+
+    interfaces: tuple[str, ...] = ()
+    ranges: tuple[Prefix, ...] = ()
+    note: str = ""
+    known: bool = False
+
+
+def read_pod_network(conf_dir: Path) -> PodNetwork:
+    """Read the CNI configuration of a node."""
+    try:
+        files = sorted(p for p in conf_dir.iterdir() if p.suffix in _SUFFIXES)
+    except OSError as e:
+        return PodNetwork(note=f"{conf_dir}: {e.strerror}")
+    if not files:
+        return PodNetwork(note=f"{conf_dir}: no CNI configuration")
+    try:
+        data = json.loads(files[0].read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        return PodNetwork(note=f"{files[0]}: {e}")
+    plugins = data.get("plugins", [data]) if isinstance(data, dict) else None
+    if not isinstance(plugins, list) or not plugins or not isinstance(plugins[0], dict):
+        return PodNetwork(note=f"{files[0]}: not a CNI configuration")
+    return _facts(plugins[0], files[0])
+
+
+def _facts(plugin: dict[str, Any], path: Path) -> PodNetwork:
+    kind = plugin.get("type")
+    notes = []
+    interfaces: tuple[str, ...] = ()
+    if kind == "bridge":
+        interfaces = (str(plugin.get("bridge") or _DEFAULT_BRIDGE),)
+    else:
+        notes.append(f"pod interfaces of CNI plugin {kind} are not known: give --pod-interfaces")
+    ranges: tuple[Prefix, ...] = ()
+    ipam = plugin.get("ipam")
+    ipam_kind = ipam.get("type") if isinstance(ipam, dict) else None
+    if ipam_kind == "host-local" and isinstance(ipam, dict):
+        try:
+            ranges = tuple(_ranges(ipam))
+        except (ValueError, TypeError, AttributeError) as e:
+            notes.append(f"host-local ranges cannot be read: {e}")
+    else:
+        notes.append(f"addresses come from IPAM {ipam_kind}, so unknown pods are not held")
+    note = f"{path.name}: {'; '.join(notes)}" if notes else ""
+    return PodNetwork(interfaces, ranges, note, known=True)
+
+
+def _ranges(ipam: dict[str, Any]) -> list[Prefix]:
+    out = [parse_prefix(r["subnet"]) for group in ipam.get("ranges", ()) for r in group]
+    if ipam.get("subnet"):
+        out.append(parse_prefix(ipam["subnet"]))
+    return out

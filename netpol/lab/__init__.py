@@ -1,0 +1,1 @@
+"""Root: a cluster on one machine out of network namespaces."""

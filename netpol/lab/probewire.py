@@ -1,0 +1,409 @@
+"""The sockets of a probe: those that ask (per source) and those that bear witness (per destination).
+
+Owns sending one packet of each protocol and reading every kind of answer. A witness is a raw socket in a
+destination's namespace that answers this run's UDP datagrams and SCTP INITs (known by a token), whether
+or not a server sits on the port: the kernel limits its own ICMP errors to a few a second, and knows no
+SCTP. The sockets that ask get ICMP errors with type and sender, so a refusal on the way is told apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from netpol.lab import icmperr, netsock, sctp
+from netpol.model.flow import Verdict
+from netpol.model.ids import Protocol
+from netpol.model.net import Family, family_of, parse_address
+
+_UDP_HEADER = struct.Struct("!HHHH")
+#: linux/in6.h: let the kernel fill in the checksum at this offset of what a raw socket sends.
+_IPV6_CHECKSUM = 7
+_UDP_CHECKSUM_AT = 6
+_WITNESS_ANSWER = b"netpol-probe-seen"
+#: struct linger: on, 0 s: close with a reset, so that no TIME_WAIT keeps the port.
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+#: Errors of sending that say something about the machine, not about policy.
+_FAULTS = frozenset(
+    {errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOBUFS, errno.EMFILE}
+)
+_READS = 4096
+_BIND_TRIES = 20
+
+
+@dataclass(slots=True, eq=False)
+class Shot:
+    """One packet's question: may `source` reach `address` on this port. `verdict` None: no answer yet."""
+
+    source: int
+    address: bytes
+    text: str
+    protocol: Protocol
+    port: int
+    destinations: list[int] = field(default_factory=list)
+    sent_at: float = 0.0
+    verdict: Verdict | None = None
+
+
+@dataclass(slots=True, eq=False)
+class TcpFlight:
+    """A connection being tried."""
+
+    sock: socket.socket
+    shot: Shot
+
+
+@dataclass(slots=True, eq=False)
+class _Datagrams:
+    """A UDP socket of one source in one round, and whom it asked."""
+
+    sock: socket.socket
+    asked: dict[tuple[str, int], Shot] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Witness:
+    """A raw socket at a destination; for SCTP also where a source's answers arrive."""
+
+    sock: socket.socket
+    protocol: Protocol
+    family: Family
+
+
+@dataclass(slots=True, eq=False)
+class _SctpAsker:
+    """A raw SCTP socket of one source in one round: its port and whom it asked."""
+
+    sock: socket.socket
+    sport: int
+    asked: dict[tuple[str, int], Shot] = field(default_factory=dict)
+
+
+_Wire = TcpFlight | _Datagrams | _Witness | _SctpAsker
+
+#: Address text as recvfrom() reports it, to packed.
+_packed: Callable[[str], bytes] = lru_cache(maxsize=65536)(parse_address)
+
+
+class Wires:
+    """All open sockets of a run behind one epoll."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        self.epoll = epoll
+        self.token = b"netpol-probe" + secrets.token_bytes(8)
+        self.tag = secrets.randbelow(2**32 - 1) + 1
+        self.packets = 0
+        self.faults: set[tuple[int, str, int]] = set()
+        self._wires: dict[int, _Wire] = {}
+
+    def add(self, wire: _Wire, events: int) -> None:
+        """Watch a socket."""
+        fd = wire.sock.fileno()
+        self._wires[fd] = wire
+        self.epoll.register(fd, events)
+
+    def add_witness(self, protocol: Protocol, family: Family) -> None:
+        """Open a witness in the namespace that the thread is in.
+
+        Raises:
+            OSError: not allowed, or the family is missing.
+        """
+        if protocol is Protocol.SCTP:
+            sock = netsock.raw_sctp(family)
+        else:
+            sock = socket.socket(netsock.ip_family(family), socket.SOCK_RAW, socket.IPPROTO_UDP)
+            sock.setblocking(False)
+            netsock.big_buffer(sock)
+            netsock.ask_destination(sock)
+            if family is Family.V6:
+                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
+        self.add(_Witness(sock, protocol, family), select.EPOLLIN)
+
+    def read(self, fd: int) -> Iterator[Shot]:
+        """Read all that a socket has; yields the questions that it answered."""
+        wire = self._wires.get(fd)
+        match wire:
+            case TcpFlight():
+                yield from self._read_tcp(wire)
+            case _Datagrams():
+                yield from self._read_udp(wire)
+            case _SctpAsker():
+                yield from self._read_sctp(wire)
+            case _Witness():
+                self._testify(wire)
+            case None:
+                return
+
+    def _read_tcp(self, flight: TcpFlight) -> Iterator[Shot]:
+        code = flight.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        yield from self.tcp_done(flight, code)
+
+    def tcp_done(self, flight: TcpFlight, code: int) -> Iterator[Shot]:
+        """Judge a finished attempt by its errno and let go of it."""
+        shot = flight.shot
+        error = _next_error(flight.sock) if code else None
+        if code == 0 or (code == errno.ECONNREFUSED and error is None):
+            verdict: Verdict | None = Verdict.ALLOW  # connected, or reset by the destination
+        elif error is not None:
+            verdict = icmperr.judge(error[0], protocol=shot.protocol, destination=shot.address)
+        else:
+            verdict = None
+            if code in _FAULTS:
+                self.faults.add((shot.source, shot.text, code))
+        self.drop(flight)
+        if verdict is not None and shot.verdict is None:
+            shot.verdict = verdict
+            yield shot
+
+    def _read_udp(self, wire: _Datagrams) -> Iterator[Shot]:
+        for _ in range(_READS):
+            try:
+                _, address = wire.sock.recvfrom(512)
+            except BlockingIOError:
+                break
+            except OSError:
+                continue  # the pending error of an ICMP message; its details are in the error queue
+            shot = wire.asked.get((address[0], address[1]))
+            if shot is not None and shot.verdict is None:
+                shot.verdict = Verdict.ALLOW
+                yield shot
+        while (error := _next_error(wire.sock)) is not None:
+            icmp, _, target = error
+            yield from _blame(icmp, wire.asked.get(target))
+
+    def _read_sctp(self, wire: _SctpAsker) -> Iterator[Shot]:
+        v4 = wire.sock.family is socket.AF_INET
+        for _ in range(_READS):
+            try:
+                data, address = wire.sock.recvfrom(512)
+            except BlockingIOError:
+                break
+            except OSError:
+                continue
+            if v4:
+                data = (sctp.strip_ipv4(data) or (b"", b"", b""))[2]
+            if (sctp.ports_of(data) or (0, 0))[1] != wire.sport:
+                continue
+            try:
+                packet = sctp.parse(data)
+            except ValueError:
+                continue
+            if packet.tag != self.tag:
+                continue
+            shot = wire.asked.get((address[0], packet.sport))
+            if shot is not None and shot.verdict is None:
+                shot.verdict = Verdict.ALLOW
+                yield shot
+        while (error := _next_error(wire.sock)) is not None:
+            icmp, quoted, target = error
+            ports = sctp.ports_of(quoted)
+            if ports is not None and ports[0] == wire.sport:
+                yield from _blame(icmp, wire.asked.get((target[0], ports[1])))
+
+    def _testify(self, wire: _Witness) -> None:
+        """Answer this run's packets that arrived here."""
+        for _ in range(_READS):
+            try:
+                data, control, _, address = wire.sock.recvmsg(512, 128)
+            except BlockingIOError:
+                return
+            except OSError:
+                continue
+            if wire.family is Family.V4:
+                data = (sctp.strip_ipv4(data) or (b"", b"", b""))[2]
+            reply = (
+                self._sctp_reply(data) if wire.protocol is Protocol.SCTP else self._udp_reply(data)
+            )
+            if reply is None:
+                continue
+            target = (address[0], 0) if len(address) == 2 else (address[0], 0, *address[2:])
+            # A lost answer is a silent one: the question is asked again.
+            with contextlib.suppress(OSError):
+                wire.sock.sendmsg([reply], netsock.reply_control(control), 0, target)
+
+    def _udp_reply(self, data: bytes) -> bytes | None:
+        if len(data) < _UDP_HEADER.size or data[_UDP_HEADER.size :] != self.token:
+            return None
+        sport, dport, _, _ = _UDP_HEADER.unpack_from(data)
+        length = _UDP_HEADER.size + len(_WITNESS_ANSWER)
+        # Checksum 0 is "none" in IPv4 (RFC 768); the kernel fills in the one of IPv6.
+        return _UDP_HEADER.pack(dport, sport, length, 0) + _WITNESS_ANSWER
+
+    def _sctp_reply(self, data: bytes) -> bytes | None:
+        # The tag is compared before the checksum is computed: most packets here are not questions.
+        if data[16:20] != self.tag.to_bytes(4, "big") or len(data) < sctp.HEADER_BYTES:
+            return None
+        try:
+            packet = sctp.parse(data)
+        except ValueError:
+            return None
+        return sctp.answer(packet, open_ports=(), initiate_tag=1)
+
+    def drop(self, wire: _Wire) -> None:
+        """Stop watching and close; a connection is reset."""
+        fd = wire.sock.fileno()
+        if self._wires.pop(fd, None) is not None:
+            self.epoll.unregister(fd)
+        if isinstance(wire, TcpFlight):
+            with contextlib.suppress(OSError):
+                wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+        wire.sock.close()
+
+    def end_window(self) -> None:
+        """Close what asked; witnesses stay."""
+        for wire in tuple(self._wires.values()):
+            if not isinstance(wire, _Witness):
+                self.drop(wire)
+
+    def close(self) -> None:
+        """Close everything."""
+        for wire in tuple(self._wires.values()):
+            self.drop(wire)
+        self.epoll.close()
+
+
+class Source:
+    """Sends one round's packets of one source, from the namespace that the thread is in.
+
+    Each protocol and family uses one source port for the round, new every time.
+    """
+
+    def __init__(
+        self, *, wires: Wires, addresses: dict[Family, bytes], take_port: Callable[[], int]
+    ) -> None:
+        self._wires, self._addresses, self._take_port = wires, addresses, take_port
+        self._tcp_ports: dict[Family, int] = {}
+        self._udp: dict[Family, _Datagrams] = {}
+        self._sctp: dict[Family, _SctpAsker] = {}
+
+    def send(self, shot: Shot, now: float) -> None:
+        """Send one packet; what the machine refuses is noted and counts as silence."""
+        shot.sent_at = now
+        self._wires.packets += 1
+        family = family_of(shot.address)
+        try:
+            match shot.protocol:
+                case Protocol.UDP:
+                    self._send_udp(shot, family)
+                case Protocol.SCTP:
+                    self._send_sctp(shot, family)
+                case _:
+                    self._send_tcp(shot, family)
+        except OSError as e:
+            if e.errno in _FAULTS:
+                self._wires.faults.add((shot.source, shot.text, e.errno or 0))
+
+    def _send_tcp(self, shot: Shot, family: Family) -> None:
+        sock = socket.socket(netsock.ip_family(family), socket.SOCK_STREAM)
+        flight = TcpFlight(sock, shot)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            netsock.ask_errors(sock)
+            self._tcp_ports[family] = self._bind(sock, family, self._tcp_ports.get(family))
+            code = sock.connect_ex((shot.text, shot.port))
+        except OSError:
+            sock.close()
+            raise
+        if code == errno.EINPROGRESS:
+            self._wires.add(flight, select.EPOLLOUT)
+        else:
+            for _ in self._wires.tcp_done(flight, code):
+                continue  # answered within the call: nothing is waiting for it
+
+    def _send_udp(self, shot: Shot, family: Family) -> None:
+        wire = self._udp.get(family)
+        if wire is None:
+            sock = socket.socket(netsock.ip_family(family), socket.SOCK_DGRAM)
+            sock.setblocking(False)
+            netsock.big_buffer(sock)
+            netsock.ask_errors(sock)
+            self._bind(sock, family, None)
+            wire = self._udp[family] = _Datagrams(sock)
+            self._wires.add(wire, select.EPOLLIN)
+        wire.asked[shot.text, shot.port] = shot
+        _send_past_errors(wire.sock, self._wires.token, (shot.text, shot.port))
+
+    def _send_sctp(self, shot: Shot, family: Family) -> None:
+        wire = self._sctp.get(family)
+        if wire is None:
+            sock = netsock.raw_sctp(family)
+            netsock.ask_errors(sock)
+            if (own := self._addresses.get(family)) is not None:
+                sock.bind((socket.inet_ntop(netsock.ip_family(family), own), 0))
+            wire = self._sctp[family] = _SctpAsker(sock, self._take_port())
+            self._wires.add(wire, select.EPOLLIN)
+        wire.asked[shot.text, shot.port] = shot
+        init = sctp.build_init(sport=wire.sport, dport=shot.port, initiate_tag=self._wires.tag)
+        _send_past_errors(wire.sock, init, (shot.text, 0))
+
+    def _bind(self, sock: socket.socket, family: Family, port: int | None) -> int:
+        """Bind to the source's own address and to `port`, or to a new one if that is None or taken."""
+        own = self._addresses.get(family)
+        host = socket.inet_ntop(netsock.ip_family(family), own) if own is not None else ""
+        for _ in range(_BIND_TRIES):
+            port = port if port is not None else self._take_port()
+            try:
+                sock.bind((host, port))
+            except OSError as e:
+                if e.errno != errno.EADDRINUSE:
+                    raise
+                port = None
+            else:
+                return port
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _send_past_errors(sock: socket.socket, data: bytes, target: tuple[str, int]) -> None:
+    """Send; an ICMP error about an earlier packet fails the next call once, and is not ours.
+
+    The error stays in the queue, where the reader finds it.
+    """
+    for _ in range(8):
+        try:
+            sock.sendto(data, target)
+        except OSError as e:
+            if e.errno not in (
+                errno.ECONNREFUSED,
+                errno.EHOSTUNREACH,
+                errno.EACCES,
+                errno.EPROTO,
+                errno.ENOPROTOOPT,
+            ):
+                raise
+        else:
+            return
+
+
+def _next_error(
+    sock: socket.socket,
+) -> tuple[icmperr.IcmpError, bytes, tuple[str, int]] | None:
+    """The next ICMP error of a socket: itself, what it quotes, and where the packet had gone to."""
+    while True:
+        try:
+            quoted, control, _, target = sock.recvmsg(512, 512, socket.MSG_ERRQUEUE)
+        except OSError:
+            return None
+        error = icmperr.read_icmp_error(control)
+        if error is not None and target is not None:
+            return error, quoted, (target[0], target[1])
+        if error is not None:
+            return error, quoted, ("", 0)
+
+
+def _blame(error: icmperr.IcmpError, shot: Shot | None) -> Iterator[Shot]:
+    """Judge a question by an ICMP error about it."""
+    if shot is None or shot.verdict is not None:
+        return
+    verdict = icmperr.judge(error, protocol=shot.protocol, destination=_packed(shot.text))
+    if verdict is not None:
+        shot.verdict = verdict
+        yield shot

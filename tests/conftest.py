@@ -1,0 +1,17 @@
+"""Settings of the whole test-suite: Hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+#: Small enough for every run; `NETPOL_HYPOTHESIS=deep` looks longer.
+settings.register_profile(
+    "ci",
+    max_examples=120,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("deep", parent=settings.get_profile("ci"), max_examples=3000)
+settings.load_profile(os.environ.get("NETPOL_HYPOTHESIS", "ci"))
