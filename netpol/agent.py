@@ -208,6 +208,12 @@ class Agent:
         elif running and now_s - self._peers_since_s > PEERS_LINGER_S:
             await watches.stop(_CLUSTER_PODS)
 
+    def _lacks_peers(self) -> bool:
+        """Whether a policy in force needs the cluster's pods, whose watch was not started yet."""
+        if self._watches is None:
+            return False
+        return self.graph.needs_peers and self._watches.get(_CLUSTER_PODS) is None
+
     async def stop(self) -> None:
         """End tasks and connections; the kernel's rules stay as they are."""
         await self._tasks.cancel()
@@ -253,7 +259,7 @@ class Agent:
             "ready": self._ready() is None,
             "generation": self.room.generation,
             "applied_generation": room.applied_generation,
-            "in_sync": self.room.in_sync,
+            "in_sync": self.room.in_sync and not self._lacks_peers(),
             "applied_age_s": None if applied is None else self._clock.monotonic() - applied,
             "iptables": self._tables.variant.value,
             "watches": [
@@ -337,6 +343,6 @@ class Agent:
         found = await asyncio.to_thread(live_view, pod, self._sets, self._tables)
         return {
             **found,
-            "in_sync": self.room.in_sync,
+            "in_sync": self.room.in_sync and not self._lacks_peers(),
             "generation": self.room.status.applied_generation,
         }

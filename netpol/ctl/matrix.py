@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     family = Family(args.ip_family) if args.ip_family else None
     verdicts, unreachable = judge(where, everyone, spans, family=family)
     for name in unreachable:
-        remark(f"{name} has no address in a family that is judged: those cells are deny")
+        remark(f"pod {name} has no address in a family that is judged: such cells are deny")
     document = {"pods": [m.name for m in pods], "verdicts": verdicts}
     if externals:
         document["external"] = [m.name for m in externals]
@@ -183,7 +183,8 @@ def judge(
             chosen = family or (src.family() if src.pod is None else dst.family())
             a, b = judging.end(src, chosen), judging.end(dst, chosen)
             if src is not dst:
-                unreachable.update((m.name, None) for m, e in ((src, a), (dst, b)) if e is None)
+                ends = ((src, a), (dst, b))
+                unreachable.update((m.name, None) for m, e in ends if e is None and m.pod)
             pairs.append((src, dst, a, b))
     out: dict[str, Cells] = {}
     for span in spans:

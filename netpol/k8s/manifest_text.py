@@ -2,9 +2,10 @@
 
 Reads YAML as the Kubernetes tools do: YAML 1.1 scalars, dates stay text, keys that are not text are
 written as JSON writes them (`on:` becomes "true", `1:` becomes "1"), merge keys work, no tags but those
-of JSON. Everything is built straight from libyaml's events, so that no input can cost more than the
-limits below say: aliases are counted by what they expand to, nesting and node counts are bounded.
-Knows nothing of Kubernetes kinds.
+of JSON. More lenient in one thing: a lone y or n is text, and so is 5e7 without a point, since that is
+what other YAML writers mean by it. Everything is built straight from libyaml's events, so that no input
+can cost more than the limits below say: aliases are counted by what they expand to, nesting and node
+counts are bounded. Knows nothing of Kubernetes kinds.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ DEPTH_MAX = 64
 _SPACE = re.compile(r"\s*")
 _TAG = "tag:yaml.org,2002:"
 _BOOLS = {
-    **dict.fromkeys(("y", "yes", "true", "on"), True),
-    **dict.fromkeys(("n", "no", "false", "off"), False),
+    **dict.fromkeys(("yes", "true", "on"), True),
+    **dict.fromkeys(("no", "false", "off"), False),
 }
 _NULLS = frozenset(("", "~", "null", "Null", "NULL"))
 _INT = re.compile(r"[-+]?(?:0b[01_]+|0o?[0-7_]+|0x[0-9a-fA-F_]+|[1-9][0-9_]*|0)\Z")
 _FLOAT = re.compile(
-    r"[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?)\Z"
+    r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?)\Z"
     r"|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
 )
 #: Longest digit string worth an int: more is text to everyone (and int() of it takes quadratic time).
@@ -308,7 +309,7 @@ def resolve(text: str) -> Any:
     if text in _NULLS:
         return None
     first = text[0]
-    if first in "yYnNtTfFoO" and len(text) <= 5:
+    if first in "yYnNtTfFoO" and 2 <= len(text) <= 5:
         low = text.lower()
         if low in _BOOLS and text in (low, low.capitalize(), low.upper()):
             return _BOOLS[low]

@@ -259,7 +259,8 @@ def behind(status: Obj, rv: int) -> list[str]:
         if not watch.get("synced") or seen < rv:
             missing.append(f"its watch of {watch.get('kind')} is at {seen}, needs {rv}")
     if not status.get("ready"):
-        missing.append("not ready")
+        errors = "; ".join(str(error) for error in status.get("errors") or ())
+        missing.append(f"not ready{f' ({errors[:300]})' if errors else ''}")
     if not status.get("in_sync"):
         applied, wanted = status.get("applied_generation"), status.get("generation")
         missing.append(f"generation {wanted}, applied {applied}")

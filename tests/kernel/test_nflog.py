@@ -1,6 +1,7 @@
 """The NFLOG reader on the real kernel: both families and variants, ownership, exact loss."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
@@ -65,12 +66,10 @@ async def take(reader, count):
 
 @pytest.mark.parametrize("variant", ["nft", "legacy"])
 @pytest.mark.parametrize(
-    ("tool", "family", "address"),
-    [("iptables", socket.AF_INET, "127.0.0.1"), ("ip6tables", socket.AF_INET6, "::1")],
+    "case", [("iptables", socket.AF_INET, "127.0.0.1"), ("ip6tables", socket.AF_INET6, "::1")]
 )
-async def test_a_logged_packet_is_decoded_whole(
-    netns, load, reader, variant, tool, family, address
-):
+async def test_a_logged_packet_is_decoded_whole(netns, load, reader, variant, case):
+    tool, family, address = case
     load(
         f"-A OUTPUT -p udp --dport 999 -j MARK --set-mark 0x1234\n-A OUTPUT -p udp --dport 999 {LOG}",
         variant=variant,
@@ -136,10 +135,8 @@ async def test_loss_in_the_kernel_is_counted_to_the_packet(netns, load):
 
 
 def flood(sock):
-    try:
+    with contextlib.suppress(PermissionError):  # what OUTPUT drops comes back as EPERM
         sock.sendto(b"x", ("127.0.0.1", 999))
-    except PermissionError:
-        pass  # what OUTPUT drops comes back as EPERM
     return 1
 
 
@@ -182,7 +179,7 @@ async def test_bridged_packets_name_their_ports_of_the_bridge(tmp_path):
             reader.close()
 
         def names():
-            return {i: n for i, n in socket.if_nameindex()}
+            return dict(socket.if_nameindex())
 
         known = in_netns(bridge.node, names)
     assert [known[i] for i in (message.indev, message.outdev)] == ["br0", "br0"]

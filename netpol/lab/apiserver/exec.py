@@ -5,7 +5,7 @@ Owns the hook protocols, the parameters of the two subresources and the WebSocke
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -174,12 +174,16 @@ async def _log(
         first = await anext(pieces, b"")
     except OSError as fault:
         raise errors.internal(f"the log of {container} cannot be read: {fault}") from fault
-    await response.prepare(request)
-    if first:
-        await response.write(first)
-    async for piece in pieces:
-        await response.write(piece)
-    await response.write_eof()
+    try:
+        await response.prepare(request)
+        if first:
+            await response.write(first)
+        async for piece in pieces:
+            await response.write(piece)
+        await response.write_eof()
+    finally:
+        if isinstance(pieces, AsyncGenerator):  # a client that left ends what it followed
+            await pieces.aclose()
     return response
 
 

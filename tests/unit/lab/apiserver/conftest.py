@@ -152,6 +152,7 @@ class Kubectl:
 
     def stop(self):
         self.on_loop(self.server.stop())
+        self.on_loop(asyncio.sleep(0.1))  # for connections that still say goodbye
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(TIMEOUT_S)
         self.loop.close()

@@ -211,6 +211,27 @@ class TestExec:
         async with session.get(url + path) as response:
             assert response.status == status
 
+    async def test_a_client_that_leaves_ends_the_log_that_it_followed(self):
+        ended = asyncio.Event()
+
+        async def endless(_request):
+            try:
+                while True:
+                    yield b"line\n"
+                    await asyncio.sleep(0.01)
+            finally:
+                ended.set()
+
+        server = ApiServer(log_hook=endless)
+        server.store.create(pod("web", node="n1"))
+        url = "/api/v1/namespaces/default/pods/web/log?follow=true"
+        async with server, aiohttp.ClientSession() as session:
+            async with session.get(server.url + url) as response:
+                assert await response.content.readline() == b"line\n"
+                response.close()
+            async with asyncio.timeout(5):
+                await ended.wait()
+
     async def test_without_hooks_it_says_so(self, api, server):
         server.store.create(pod("web", node="n1"))
         answer = await api.get("/api/v1/namespaces/default/pods/web/log")
