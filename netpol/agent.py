@@ -11,10 +11,11 @@ lock, hold (fresh node), caches in sync, first apply, ready.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,22 @@ from netpol.admin.health import HealthServer, counter, gauge
 from netpol.admin.server import AdminServer
 from netpol.aio.clock import SystemClock
 from netpol.aio.tasks import TaskSet
+from netpol.audit.attribute import Attributor
+from netpol.audit.record import encode_line
+from netpol.audit.sink import LineSink
+from netpol.audit.worker import AuditWorker
 from netpol.config import Settings
 from netpol.enforce.feed import Feed
 from netpol.enforce.live import live_view
 from netpol.enforce.node import NodeFacts
+from netpol.enforce.view import WorldView
 from netpol.enforce.worker import PolicyRoom
 from netpol.k8s import informers
 from netpol.k8s.api import Api
 from netpol.k8s.decode import KINDS
 from netpol.k8s.watching import Selection
 from netpol.kernel.drivers import Variant
+from netpol.kernel.nflog import NflogReader, interface_name
 from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
 from netpol.kernel.variant import detect
@@ -48,6 +55,7 @@ _log = structlog.get_logger("netpol")
 #: The watch of the cluster's pods stays this long after the last policy that needs it went.
 PEERS_LINGER_S = 60.0
 _CLUSTER_PODS = "cluster pods"
+_LOCAL_PODS = "local pods"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -123,11 +131,28 @@ class Agent:
         self.feed = Feed(self.graph, self.room.changed)
         self._health: HealthServer | None = None
         self._admin = AdminServer(
-            settings.admin_socket, {"status": self._status_op, "explain": self._explain_op}
+            settings.admin_socket,
+            {"status": self._status_op, "explain": self._explain_op, "drops": self._drops_op},
         )
         self._api: Api | None = None
         self._watches: informers.InformerSet | None = None
         self._peers_since_s = 0.0
+        self._view = WorldView(
+            namespaces=lambda: self._objects("namespaces"),
+            pods=lambda: [*self._objects(_CLUSTER_PODS), *self._objects(_LOCAL_PODS)],
+            policies=self.feed.compiled.values,
+            nodes=lambda: self._objects("nodes"),
+            generation=lambda: self.room.generation,
+            clock=self._clock,
+        )
+        self._audit: AuditWorker | None = None
+        self._audit_fault = ""
+        self._nflog: NflogReader | None = None
+        self._sink: LineSink | None = None
+
+    def _objects(self, watch: str) -> list[Any]:
+        informer = self._watches.get(watch) if self._watches else None
+        return list(informer.store) if informer is not None else []
 
     # -- start and stop ---------------------------------------------------------------------
 
@@ -149,6 +174,33 @@ class Agent:
         self._tasks.spawn("policy room", self.room.run_forever())
         self._tasks.spawn("start", self._sync_then_run())
         self._tasks.spawn("addresses", self._facts.watch(self.room.resync))
+        self._start_audit()
+
+    def _start_audit(self) -> None:
+        """The log of denied packets; without it policy works all the same."""
+        if not self.settings.audit_log:
+            return
+        path = None if self.settings.audit_log == "-" else Path(self.settings.audit_log)
+        try:
+            self._nflog = nflog = NflogReader(self.settings.nflog_group)
+            self._sink = LineSink(path)
+        except (NetpolError, OSError) as e:
+            self._audit_fault = f"audit: {e}"
+            _log.error("no audit log", error=str(e))
+            return
+        self._audit = AuditWorker(
+            node=self.settings.node,
+            attributor=Attributor(
+                party=self._view.party,
+                resolve=self._view.judge,
+                generation=self._view.generation,
+            ),
+            sink=self._sink,
+            missed=lambda: nflog.stats.missed,
+            interface_name=interface_name,
+        )
+        nflog.start()
+        self._tasks.spawn("audit", self._audit.run(nflog.batches()))
 
     async def _connect(self) -> Api:
         s = self.settings
@@ -169,7 +221,7 @@ class Agent:
         if watches is None:
             raise InputError("the agent was not started")
         pods = watches.start(
-            KINDS["Pod"], name="local pods", selection=informers.pods_on(self.settings.node)
+            KINDS["Pod"], name=_LOCAL_PODS, selection=informers.pods_on(self.settings.node)
         )
         pods.store.subscribe(self.feed.local_pod)
         namespaces = watches.start(KINDS["Namespace"])
@@ -217,6 +269,10 @@ class Agent:
     async def stop(self) -> None:
         """End tasks and connections; the kernel's rules stay as they are."""
         await self._tasks.cancel()
+        if self._nflog is not None:
+            self._nflog.close()
+        if self._sink is not None:
+            self._sink.close()
         if self._watches is not None:
             await self._watches.close()
         if self._api is not None:
@@ -251,7 +307,9 @@ class Agent:
         """The document of `netpol-ctl status`."""
         room = self.room.status
         applied = room.applied_at_s
-        errors = [e for e in (self._fatal, room.error, *self._facts.faults()) if e]
+        errors = [
+            e for e in (self._fatal, room.error, self._audit_fault, *self._facts.faults()) if e
+        ]
         counts = self.room.dataplane.counts()
         return {
             "node": self.settings.node,
@@ -279,6 +337,9 @@ class Agent:
             "rooms": {
                 "policy": {
                     **counts,
+                    "last_apply_ms": None
+                    if room.latency_s is None
+                    else round(room.latency_s * 1000, 2),
                     "applies": room.applies,
                     "reconciles": room.reconciles,
                     "table_transactions": room.table_transactions,
@@ -332,6 +393,17 @@ class Agent:
 
     async def _status_op(self, _: dict[str, Any]) -> dict[str, Any]:
         return self.status()
+
+    async def _drops_op(self, args: dict[str, Any]) -> AsyncIterator[Any]:
+        """Recent denied packets, then (with follow) those to come."""
+        if self._audit is None:
+            raise NoAnswerError("drops", needed="an agent with --audit-log", got=self._audit_fault)
+        if not args.get("follow"):
+            for record in self._audit.recent():
+                yield json.loads(encode_line(record))
+            return
+        async for record in self._audit.follow(past=True):
+            yield json.loads(encode_line(record))
 
     async def _explain_op(self, args: dict[str, Any]) -> dict[str, Any]:
         namespace, _, name = str(args.get("pod", "")).partition("/")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import Any
 
 import msgspec
 
@@ -83,6 +84,12 @@ def decode_line(line: bytes | str) -> Record:
         msgspec.DecodeError: not a record.
     """
     return _decoder.decode(line)
+
+
+def as_dict(record: Record) -> dict[str, Any]:
+    """The same document as plain values, for whoever embeds it in an answer of its own."""
+    out: dict[str, Any] = msgspec.to_builtins(record)
+    return out
 
 
 def protocol_name(number: int) -> str:

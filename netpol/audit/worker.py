@@ -25,8 +25,8 @@ from netpol.render.logprefix import LogPrefix, decode
 
 #: Equal drops within this time are one record.
 WINDOW_S = 1.0
-#: Records of one window; further kinds of drops are counted as suppressed.
-WINDOW_RECORDS = 4096
+#: Records of one window; further kinds of drops are counted as suppressed. Each costs one evaluation.
+WINDOW_RECORDS = 2048
 #: Records that are remembered for `recent`, and that a follower may lag behind.
 RING_RECORDS = 1000
 #: Records written in one go; the loop turns in between.

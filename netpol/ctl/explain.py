@@ -14,7 +14,7 @@ from netpol.ctl.judge import Finding, findings
 from netpol.ctl.output import emit
 from netpol.ctl.ports import Ports, Span, declared, parse_port, spans_on
 from netpol.ctl.refs import Ref, RefKind, parse_pod_ref, parse_ref
-from netpol.ctl.source import Cluster, cluster
+from netpol.ctl.source import Cluster, cluster, namespace
 from netpol.lib.errors import InputError, NoAnswerError
 from netpol.model.flow import Verdict
 from netpol.model.net import Family
@@ -27,10 +27,13 @@ def run(args: argparse.Namespace) -> int:
     if target is None:
         if ports or args.fix:
             raise InputError("--port and --fix are about a connection", needed="--to")
-        ref = parse_pod_ref(source, namespace=args.namespace)
+        parse_pod_ref(source, namespace="default")  # a wrong one is said before a cluster is asked
+        ref = parse_pod_ref(source, namespace=namespace(args))
         return explain_pod.run(args, ref, cluster(args))
-    src_ref = parse_ref(source, namespace=args.namespace)
-    dst_ref = parse_ref(target, namespace=args.namespace)
+    for text in (source, target):
+        parse_ref(text, namespace="default")
+    own = namespace(args)
+    src_ref, dst_ref = parse_ref(source, namespace=own), parse_ref(target, namespace=own)
     where = cluster(args)
     family = choose_family(where, src_ref, dst_ref, forced=args.ip_family)
     src = resolve(where, src_ref, family=family, ports=None)

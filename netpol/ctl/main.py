@@ -107,18 +107,9 @@ def _settle(args: argparse.Namespace) -> None:
     """Fill in what options leave open."""
     if hasattr(args, "namespace"):
         args.namespace_given = args.namespace
-        args.namespace = args.namespace or _default_namespace(args)
     if hasattr(args, "socket"):
         args.socket_given = args.socket is not None
         args.socket = args.socket or os.environ.get("NETPOL_SOCKET") or DEFAULT_SOCKET
-
-
-def _default_namespace(args: argparse.Namespace) -> str:
-    if args.files or args.command != "explain":
-        return "default"
-    from netpol.ctl import kubeconfig
-
-    return kubeconfig.load(args.kubeconfig, context=args.context).namespace
 
 
 def _complain(text: str) -> None:

@@ -56,6 +56,15 @@ def cluster(args: argparse.Namespace) -> Cluster:
     return api.cluster(args.kubeconfig, context=args.context)
 
 
+def namespace(args: argparse.Namespace) -> str:
+    """The namespace of references that name none: -n, or the kubeconfig's context, or "default"."""
+    if args.namespace or args.files:
+        return args.namespace or "default"
+    from netpol.ctl import kubeconfig
+
+    return kubeconfig.load(args.kubeconfig, context=args.context).namespace
+
+
 def offline(paths: list[str], *, strict: bool = False) -> Cluster:
     """Load manifests and say on stderr what is to be said about them."""
     from netpol.k8s.manifests import load

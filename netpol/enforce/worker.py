@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -37,7 +37,10 @@ GARBAGE_AFTER_S = 2.0
 
 @dataclass(slots=True)
 class RoomStatus:
-    """What the room did: for status, metrics and readiness."""
+    """What the room did: for status, metrics and readiness.
+
+    `latency_s` is the last time from an event that the graph was told to the kernel having it.
+    """
 
     applied_generation: int = 0
     applied_at_s: float | None = None
@@ -48,7 +51,7 @@ class RoomStatus:
     failures: int = 0
     error: str = ""
     drift: str = ""
-    timings_s: dict[str, float] = field(default_factory=dict)
+    latency_s: float | None = None
 
 
 class PolicyRoom:
@@ -76,6 +79,7 @@ class PolicyRoom:
             self._run, min_s=0.0, retry_s=0.5, max_s=30.0, clock=self._clock, on_error=self._failed
         )
         self._started = False
+        self._told_at_s: float | None = None
         self._dirty = True
         self._check_after_s = FIRST_CHECK_S
         self._wake = asyncio.Event()
@@ -86,6 +90,8 @@ class PolicyRoom:
     def changed(self) -> None:
         """The graph was told something."""
         self.generation += 1
+        if self._told_at_s is None:
+            self._told_at_s = self._clock.monotonic()
         if self._started:
             self.runner.mark()
 
@@ -135,13 +141,16 @@ class PolicyRoom:
         if not self._started:
             return
         async with self._lock:
-            generation = self.generation
+            generation, told_at_s = self.generation, self._told_at_s
+            self._told_at_s = None
             if self._dirty:
                 await self._reconcile()
             else:
                 await self._changes()
         self.status.applied_generation = generation
-        self.status.applied_at_s = self._clock.monotonic()
+        self.status.applied_at_s = now_s = self._clock.monotonic()
+        if told_at_s is not None:
+            self.status.latency_s = now_s - told_at_s
         self.status.error = ""
         self._check_after_s = FIRST_CHECK_S
         self._wake.set()
@@ -221,7 +230,8 @@ class PolicyRoom:
             await self._collect()
             return
         dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
-        if self._dirty or self.runner.pending:
+        # Not `runner.pending`: a run that waits for our lock is not pending any more.
+        if self._dirty or self.status.applied_generation != self.generation:
             return  # the graph moved on while we looked
         drift = self.dataplane.drift(dump)
         if drift:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
 import msgspec
+import structlog
 from kubernetes.aio.client import ApiClient
 from kubernetes.aio.client.exceptions import OpenApiException
 from kubernetes.aio.client.rest import RESTClientObject
@@ -26,10 +27,16 @@ from netpol.aio.clock import Clock, SystemClock
 from netpol.k8s import credentials
 from netpol.k8s.errors import ApiError
 from netpol.k8s.wire import Status
+from netpol.lib.errors import NetpolError
+
+_log = structlog.get_logger(__name__)
 
 #: A request that is no watch; a full list of a big cluster takes seconds, not minutes.
 REQUEST_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 10.0
+
+#: How often credentials are read anew at most while the server refuses them.
+RELOAD_PERIOD_S = 30.0
 
 #: A Retry-After beyond this is cut: what we hold gets old meanwhile.
 MAX_RETRY_AFTER_S = 60.0
@@ -46,13 +53,14 @@ _KEEPALIVE = (
 #: Of a failed answer's body as much is read as can be a Status.
 _STATUS_MAX_BYTES = 64 << 10
 
-#: All that a request can raise below us: aiohttp's, time-outs, sockets and TLS, a bad header or URL,
-#: the client library's own.
+#: All that a request can raise below us: aiohttp's, time-outs, sockets and TLS, a bad header or URL, a
+#: session that was closed, the client library's own.
 _TRANSPORT_ERRORS = (
     aiohttp.ClientError,
     TimeoutError,
     OSError,
     ValueError,
+    RuntimeError,
     OpenApiException,
     ConfigException,
 )
@@ -77,18 +85,33 @@ class _Rest(RESTClientObject):  # type: ignore[misc]  # the package has no types
         )
 
 
+Reload = Callable[[], Awaitable[credentials.Found]]
+
+
+def _client(configuration: Any) -> Any:
+    try:
+        client = ApiClient(configuration)
+        client.rest_client = _Rest(configuration)
+    except (OSError, ValueError) as e:  # ssl.SSLError is an OSError
+        raise ApiError("TLS settings of the API server cannot be used", message=str(e)) from e
+    client.user_agent = f"netpol-agent/{__version__}"
+    return client
+
+
 class Api:
     """A connection to one API server. Make it with one of the class methods; close it at the end."""
 
-    def __init__(self, configuration: Any, token: credentials.TokenFile | None = None) -> None:
-        self._token = token
-        try:
-            self._client = ApiClient(configuration)
-            self._client.rest_client = _Rest(configuration)
-        except (OSError, ssl.SSLError) as e:
-            raise ApiError("TLS settings of the API server cannot be used", message=str(e)) from e
-        self._client.user_agent = f"netpol-agent/{__version__}"
-        self.url: str = configuration.host
+    def __init__(
+        self,
+        found: credentials.Found,
+        *,
+        reload: Reload | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._reload, self._clock = reload, clock or SystemClock()
+        self._reloaded_at = float("-inf")
+        self._client, self._token = _client(found.configuration), found.token
+        self.url: str = found.configuration.host
         self.requests = 0
 
     @classmethod
@@ -103,26 +126,43 @@ class Api:
         clock: Clock | None = None,
     ) -> Self:
         """Connect to a server given by its URL."""
-        return cls(
-            *credentials.explicit(
+        clock = clock or SystemClock()
+
+        async def load() -> credentials.Found:
+            return find()
+
+        def find() -> credentials.Found:
+            return credentials.explicit(
                 url,
                 token=token,
                 token_file=token_file,
                 ca_file=ca_file,
                 verify=verify,
-                clock=clock or SystemClock(),
+                clock=clock,
             )
-        )
+
+        return cls(find(), reload=load, clock=clock)
 
     @classmethod
     def in_cluster(cls, *, clock: Clock | None = None, **places: Any) -> Self:
         """Connect as a pod does (see `credentials.in_cluster` for `places`)."""
-        return cls(*credentials.in_cluster(clock=clock or SystemClock(), **places))
+        clock = clock or SystemClock()
+
+        async def load() -> credentials.Found:
+            return credentials.in_cluster(clock=clock, **places)
+
+        return cls(credentials.in_cluster(clock=clock, **places), reload=load, clock=clock)
 
     @classmethod
-    async def from_kubeconfig(cls, path: Path | None = None, *, context: str = "") -> Self:
+    async def from_kubeconfig(
+        cls, path: Path | None = None, *, context: str = "", clock: Clock | None = None
+    ) -> Self:
         """Connect as kubectl does."""
-        return cls(*await credentials.kubeconfig(path, context=context))
+
+        async def load() -> credentials.Found:
+            return await credentials.kubeconfig(path, context=context)
+
+        return cls(await load(), reload=load, clock=clock)
 
     async def __aenter__(self) -> Self:
         return self
@@ -217,29 +257,53 @@ class Api:
         self.requests += 1
         headers = {"Accept": "application/json", "Content-Type": content_type}
         parameters = [(k, v) for k, v in query.items() if v is not None and v != ""]
-        with _mapping(what):
-            verb, url, headers, sent, _ = await self._client.param_serialize(
-                method,
-                path,
-                query_params=parameters,
-                header_params=headers,
-                body=body,
-                auth_settings=["BearerToken"],
-            )
-            answer = await self._client.call_api(
-                verb, url, header_params=headers, body=sent, _request_timeout=timeout
-            )
-            response: aiohttp.ClientResponse = answer.response
-            if response.status < 400:
-                return response
-            try:
-                raise await self._refusal(what, response)
-            finally:
-                response.close()
+        try:
+            with _mapping(what):
+                verb, url, headers, sent, _ = await self._client.param_serialize(
+                    method,
+                    path,
+                    query_params=parameters,
+                    header_params=headers,
+                    body=body,
+                    auth_settings=["BearerToken"],
+                )
+                answer = await self._client.call_api(
+                    verb, url, header_params=headers, body=sent, _request_timeout=timeout
+                )
+                response: aiohttp.ClientResponse = answer.response
+                if response.status < 400:
+                    return response
+                try:
+                    raise await self._refusal(what, response)
+                finally:
+                    response.close()
+        except ApiError as e:
+            if e.status == 401 or isinstance(e.__cause__, ssl.SSLError | aiohttp.ClientSSLError):
+                await self._renew()
+            raise
+
+    async def _renew(self) -> None:
+        """Read credentials and certificates anew after they failed: they may have been rotated.
+
+        The request that failed stays failed. Requests that run on the old connections fail too, and
+        watches resume; so this is not done more often than every `RELOAD_PERIOD_S`.
+        """
+        if self._token is not None:
+            self._token.expire()  # rotated within its period
+        now = self._clock.monotonic()
+        if self._reload is None or now - self._reloaded_at < RELOAD_PERIOD_S:
+            return
+        self._reloaded_at = now
+        try:
+            found = await self._reload()
+            client = _client(found.configuration)
+        except NetpolError as e:
+            _log.warning("API credentials cannot be read again", error=str(e))
+            return
+        old, self._client, self._token = self._client, client, found.token
+        await old.close()
 
     async def _refusal(self, what: str, response: aiohttp.ClientResponse) -> ApiError:
-        if response.status == 401 and self._token is not None:
-            self._token.expire()  # it may have been rotated within the minute
         raw = await response.content.read(_STATUS_MAX_BYTES)
         try:
             status = _status_decoder.decode(raw)

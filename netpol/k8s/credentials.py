@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kubernetes.aio.client import Configuration
 from kubernetes.aio.config import ConfigException, load_kube_config
@@ -52,6 +52,13 @@ class TokenFile:
         self._read_at = now
 
 
+class Found(NamedTuple):
+    """A Configuration of the client library, and its token file if it has one."""
+
+    configuration: Any
+    token: TokenFile | None
+
+
 def explicit(
     url: str,
     *,
@@ -60,7 +67,7 @@ def explicit(
     token_file: Path | None = None,
     ca_file: Path | None = None,
     verify: bool = True,
-) -> tuple[Any, TokenFile | None]:
+) -> Found:
     """Make a Configuration for a server given by its URL."""
     configuration = Configuration(host=url.rstrip("/"))
     if ca_file is not None:
@@ -69,10 +76,10 @@ def explicit(
         configuration.ssl_ca_cert = str(ca_file)
     configuration.verify_ssl = verify
     if token_file is not None:
-        return configuration, _attach(configuration, token_file, clock)
+        return Found(configuration, _attach(configuration, token_file, clock))
     if token:
         configuration.api_key["BearerToken"] = f"Bearer {token}"
-    return configuration, None
+    return Found(configuration, None)
 
 
 def in_cluster(
@@ -81,7 +88,7 @@ def in_cluster(
     token_file: Path = Path(SERVICE_TOKEN_FILENAME),
     ca_file: Path = Path(SERVICE_CERT_FILENAME),
     environ: dict[str, str] | None = None,
-) -> tuple[Any, TokenFile | None]:
+) -> Found:
     """Make a Configuration from what kubelet gives to every pod.
 
     Raises:
@@ -97,10 +104,10 @@ def in_cluster(
         loader.load_and_set(configuration)
     except (ConfigException, OSError) as e:
         raise InputError("in-cluster API configuration", needed="a pod's", got=str(e)) from e
-    return configuration, _attach(configuration, token_file, clock)
+    return Found(configuration, _attach(configuration, token_file, clock))
 
 
-async def kubeconfig(path: Path | None = None, *, context: str = "") -> tuple[Any, None]:
+async def kubeconfig(path: Path | None = None, *, context: str = "") -> Found:
     """Make a Configuration from a kubeconfig file (default: KUBECONFIG or ~/.kube/config).
 
     Raises:
@@ -117,7 +124,7 @@ async def kubeconfig(path: Path | None = None, *, context: str = "") -> tuple[An
     except Exception as e:  # the loader lets whatever a malformed file causes pass through
         shown = str(path) if path else "the default kubeconfig"
         raise InputError(f"kubeconfig {shown} cannot be used", got=str(e)) from e
-    return configuration, None
+    return Found(configuration, None)
 
 
 def _attach(configuration: Any, token_file: Path, clock: Clock) -> TokenFile:

@@ -23,7 +23,7 @@ from netpol.lib.errors import InputError
 #: Largest file in bytes. etcd takes objects of 1.5 MB; this is a dump of ten thousand of pods.
 FILE_MAX_BYTES = 64 << 20
 #: Most values (scalars, lists, mappings) of one file.
-NODES_MAX = 4_000_000
+NODES_MAX = 2_500_000
 #: Most values that the aliases and merge keys of one file may stand for.
 ALIAS_NODES_MAX = 100_000
 #: Deepest nesting. The deepest field of the API that netpol reads lies at 12.

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import structlog
+
 from netpol.kernel.netlink import (
     HEADER_SIZE,
     NFGEN_SIZE,
@@ -30,6 +32,8 @@ from netpol.kernel.netlink import (
     nla,
 )
 from netpol.lib.errors import KernelError, KernelMissingError, NoAnswerError
+
+_log = structlog.get_logger(__name__)
 
 #: linux/netlink.h; the socket module does not name it everywhere.
 _NETLINK_NETFILTER = 12
@@ -277,7 +281,9 @@ class NflogReader:
                 return
             except OSError as e:
                 if e.errno != errno.ENOBUFS:
-                    raise
+                    _log.exception("nflog_reader_ends", group=self.group)
+                    self.close()
+                    return
                 self.stats.overruns += 1
                 continue
             self._take(data)
@@ -332,6 +338,14 @@ class NflogReader:
             self._loop.remove_reader(self._sock)
         self._sock.close()
         self._wake.set()
+
+
+def interface_name(index: int) -> str:
+    """The name of an interface index in this thread's namespace; "#INDEX" once it is gone."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return f"#{index}"
 
 
 def _open(group: int) -> socket.socket:

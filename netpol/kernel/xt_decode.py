@@ -48,6 +48,8 @@ from netpol.model.ruleset import (
 _IFNAMSIZ = 16
 #: Where matches start: sizeof(struct ipt_entry), sizeof(struct ip6t_entry).
 ENTRY_SIZES = {Family.V4: 112, Family.V6: 168}
+#: Where target_offset is in them.
+_TARGET_OFFSETS = {Family.V4: 88, Family.V6: 140}
 _FLAG_GOTO = {Family.V4: 0x02, Family.V6: 0x04}
 #: IP6T_F_PROTO: the tool sets it with `-p`; it says nothing more.
 _FLAG_PROTO6 = 0x01
@@ -132,7 +134,7 @@ def _decode(entry: bytes, family: Family, target: str, set_names: Callable[[int]
     matches = list(base.matches)
     comment = ""
     at = ENTRY_SIZES[family]
-    target_at = struct.unpack_from("=H", entry, at - 24)[0]
+    target_at = struct.unpack_from("=H", entry, _TARGET_OFFSETS[family])[0]
     while at < target_at:
         name, revision, data, size = _extension(entry, at)
         at += size
@@ -350,9 +352,10 @@ def _standard(target: str, *, goto: bool) -> Action:
     return Drop()
 
 
-def _extended(entry: bytes, at: int, family: Family, set_names: Callable[[int], SetName]) -> Action:
-    name, revision, data, _ = _extension(entry, at)
-    match name, revision:
+def _extended(
+    kind: tuple[str, int], data: bytes, family: Family, set_names: Callable[[int], SetName]
+) -> Action:
+    match kind:
         case "MARK", 2:
             value, mask = struct.unpack_from("=II", data)
             return SetMark(value, mask)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from netpol.lab.plan import DEFAULT_CNI_BIN_DIR, DEFAULT_NAME, STATE_ROOT
 from netpol.lib.errors import InputError, NetpolError, NoAnswerError
@@ -118,6 +119,11 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _interrupt(number: int, _: object) -> NoReturn:
+    """Take a half-made lab down when `lab up` itself is ended, as ^C does."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def _up(args: argparse.Namespace) -> int:
     from netpol.lab import launch, objects
     from netpol.lab.apiserver.resources import Kinds
@@ -140,6 +146,8 @@ def _up(args: argparse.Namespace) -> int:
     for note in selection.notes:
         _say(note)
     launch.require_root()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
 
     def say(text: str) -> None:
         _say(f"[{time.monotonic() - began:5.1f} s] {text}")
@@ -267,6 +275,7 @@ def _probe(args: argparse.Namespace) -> int:
         family=int(args.ip_family) if args.ip_family else None,
         as_json=args.output == "json",
         resource_version=int(settled["resource_version"]),
+        ports_file=STATE_ROOT / args.name / "source-port",
     )
 
 

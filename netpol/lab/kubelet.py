@@ -159,10 +159,23 @@ class Kubelet:
         )
         if "deletionTimestamp" in meta:
             life.stop.set()
+        before = [old.task for old in self._lives.values() if old.key == life.key and old.task]
         self._lives[meta["uid"]] = life
-        life.task = asyncio.create_task(self._live(meta["uid"], life), name=f"pod {life.key}")
+        life.task = asyncio.create_task(
+            self._live(meta["uid"], life, before), name=f"pod {life.key}"
+        )
+        life.task.add_done_callback(lambda task: self._ended(life, task))
 
-    async def _live(self, uid: str, life: _Life) -> None:
+    def _ended(self, life: _Life, task: asyncio.Task[None]) -> None:
+        """A fault of ours in one pod's life is told and shown, and stays that pod's."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            life.problem = f"the lab failed: {error!r}"
+            print(f"kubelet: pod {life.key}: {life.problem}", flush=True)
+
+    async def _live(self, uid: str, life: _Life, before: list[asyncio.Task[None]]) -> None:
+        if before:
+            # A pod of the same name that was deleted by force: servers know a pod by its name.
+            await asyncio.wait(before)
         attempt = 0
         while not life.stop.is_set():
             try:

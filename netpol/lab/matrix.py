@@ -9,6 +9,7 @@ import ipaddress
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from netpol.lib.errors import InputError, NoAnswerError
@@ -96,8 +97,11 @@ def probe(
     family: int | None,
     as_json: bool,
     resource_version: int,
+    ports_file: Path,
 ) -> int:
     """Send packets from and to every running pod and print who reached whom.
+
+    `ports_file` keeps the next source port, so that no probe repeats an earlier one's flow.
 
     Raises:
         NoAnswerError: No pod runs.
@@ -119,6 +123,7 @@ def probe(
         ],
         ports=ports,
         family=Family(family) if family else None,
+        ports_file=ports_file,
     )
     for fault in result.faults:
         print(f"lab probe: {fault}", file=sys.stderr)

@@ -22,7 +22,6 @@ from netpol.model.net import Family
 IP_PKTINFO = 8
 IP_RECVERR = 11
 IPV6_RECVERR = 25
-IP_FREEBIND = 15
 #: asm-generic/socket.h; root may exceed net.core.rmem_max with it.
 SO_RCVBUFFORCE = 33
 

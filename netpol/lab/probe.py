@@ -12,6 +12,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from netpol.lab.probeengine import End, Engine, Outcome, SourcePorts
@@ -80,6 +81,7 @@ def run_probe(
     externals: Sequence[ProbeEnd] = (),
     family: Family | None = None,
     timeout_s: float = TIMEOUT_S,
+    ports_file: Path | None = None,
 ) -> ProbeResult:
     """Send packets for every cell and wait for what comes back; blocks the calling thread.
 
@@ -89,13 +91,23 @@ def run_probe(
         externals: further rows (those with a namespace) and columns.
         family: judge by this family; by default that of the destination's first address.
         timeout_s: silence that ends a round as long as nothing at all has answered.
+        ports_file: where the next source port is kept between runs of several processes.
 
     Raises:
         InputError: nothing to probe, a name twice, or a port that cannot be probed.
         KernelError: a namespace cannot be entered, or the process is not root.
     """
     ends = _checked(pods, externals, ports)
-    return _on_own_thread(lambda: _run(ends=ends, ports=ports, family=family, timeout_s=timeout_s))
+    source_ports = SourcePorts(ports_file) if ports_file is not None else _SOURCE_PORTS
+    return _on_own_thread(
+        lambda: _run(
+            ends=ends,
+            ports=ports,
+            family=family,
+            timeout_s=timeout_s,
+            source_ports=source_ports,
+        )
+    )
 
 
 async def probe(
@@ -121,7 +133,13 @@ async def probe(
 
     def body() -> None:
         try:
-            result = _run(ends=ends, ports=ports, family=family, timeout_s=timeout_s)
+            result = _run(
+                ends=ends,
+                ports=ports,
+                family=family,
+                timeout_s=timeout_s,
+                source_ports=_SOURCE_PORTS,
+            )
         except BaseException as e:  # noqa: BLE001  handed over to the waiting task
             loop.call_soon_threadsafe(finish, None, e)
         else:
@@ -163,12 +181,13 @@ def _run(
     ports: Sequence[tuple[Protocol, int]],
     family: Family | None,
     timeout_s: float,
+    source_ports: SourcePorts,
 ) -> ProbeResult:
     """Plan, send and tabulate; changes the calling thread's namespace for good."""
     ports = tuple(dict.fromkeys(ports))
     engine = Engine(
         ends=[End(e.name, e.netns, e.addresses) for e in ends],
-        source_ports=_SOURCE_PORTS,
+        source_ports=source_ports,
         timeout_s=timeout_s,
     )
     faults: list[str] = []

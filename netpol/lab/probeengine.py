@@ -10,12 +10,14 @@ machine did not give us does not count.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import select
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from netpol.kernel import netns
@@ -28,6 +30,8 @@ from netpol.model.net import family_of, format_address
 
 #: Below the ephemeral range (32768) and the NodePorts (30000), above most servers.
 SOURCE_PORT_FIRST, SOURCE_PORT_LAST = 10240, 29999
+#: Ports that a process reserves at a time.
+_BLOCK_PORTS = 32
 
 #: At most this many packets leave before answers are read, so that no receive buffer overflows.
 BATCH = 128
@@ -66,24 +70,49 @@ class Outcome(NamedTuple):
 
 
 class SourcePorts:
-    """Hands out source ports, each once until the range is used up; starts at a random one.
+    """Hands out source ports, each once until the range is used up, across all runs on this machine.
 
-    Nothing that conntrack still remembers of an earlier run can then match a packet of this one.
+    Nothing that conntrack still remembers of an earlier run can then match a packet of this one: a run
+    takes some dozens, so the range lasts for hundreds of runs. The place of the next port is kept in a
+    file; a random start alone would meet an old flow now and then, and report it as allowed.
+
+    Args:
+        file: where the next port is kept; None starts at random (a process that probes for itself).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
         self._size = SOURCE_PORT_LAST - SOURCE_PORT_FIRST + 1
+        self._file = file
         self._next = random.SystemRandom().randrange(self._size)
+        self._left = 0
         self._lock = threading.Lock()
 
     def take(self, avoid: frozenset[int]) -> int:
         """The next port that is not among those probed, where a server may sit."""
         with self._lock:
             while True:
+                if not self._left:
+                    self._reserve()
+                self._left -= 1
                 self._next = (self._next + 1) % self._size
                 port = SOURCE_PORT_FIRST + self._next
                 if port not in avoid:
                     return port
+
+    def _reserve(self) -> None:
+        """Take a block of ports for this process, so that the file is touched once for many."""
+        self._left = _BLOCK_PORTS
+        if self._file is None:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a+", encoding="ascii") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            f.seek(0)
+            text = f.read().strip()
+            if text.isdigit():
+                self._next = int(text) % self._size
+            f.truncate(0)
+            f.write(str((self._next + _BLOCK_PORTS) % self._size))
 
 
 class Engine:

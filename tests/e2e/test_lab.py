@@ -226,6 +226,15 @@ class TestUp:
         good(kubectl("delete", "pod", "visitor", "--timeout=10s"))
         assert len(spaces.names(netns_prefix(NAME))) == before - 1
 
+    def test_a_pod_replaced_by_force_is_served_as_the_new_one(self) -> None:
+        good(kubectl("run", "again", "--image=any", "--port=8080"))
+        good(kubectl("wait", "--for=condition=Ready", "pod/again", "--timeout=10s"))
+        good(kubectl("delete", "pod", "again", "--force", "--grace-period=0"))
+        good(kubectl("run", "again", "--image=any", "--port=8081"))
+        good(kubectl("wait", "--for=condition=Ready", "pod/again", "--timeout=10s"))
+        good(kubectl("exec", "-n", "shop", "web", "--", "nc", "-z", "again.default", "8081"))
+        good(kubectl("delete", "pod", "again", "--timeout=10s"))
+
     def test_a_namespace_goes_with_its_pods(self) -> None:
         text = '{"apiVersion":"v1","kind":"Namespace","metadata":{"name":"passing"}}'
         good(kubectl("apply", "-f", "-", stdin=text))
@@ -357,6 +366,22 @@ def test_a_killed_supervisor_is_noticed_and_down_still_removes_all(other: str) -
     assert done.returncode == 3
     assert "lab down" in done.stderr
     good(lab("down", name=other))
+    assert nothing_left(other)
+
+
+def test_an_up_that_is_ended_takes_down_what_it_began(tmp_path: Path, other: str) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "{apiVersion: v1, kind: Pod, metadata: {name: picky},"
+        " spec: {nodeSelector: {disk: ssd}, containers: [{name: c, image: x}]}}"
+    )
+    command = [sys.executable, "-m", "netpol.lab.cli", "lab", "up", "--name", other, "--no-agent"]
+    with subprocess.Popen([*command, "-f", str(tmp_path)], stderr=subprocess.PIPE) as starting:
+        assert starting.stderr is not None
+        while b"picky" not in (line := starting.stderr.readline()):
+            assert line, "it ended by itself"
+        starting.terminate()
+        starting.stderr.read()
+        assert starting.wait(timeout=10) == 130
     assert nothing_left(other)
 
 

@@ -44,8 +44,8 @@ FROM_SHOP = """
 """
 
 
-def lab(verb: str, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "netpol.lab.cli", "lab", verb, "--name", NAME, *args]
+def lab(verb: str, *args: str, name: str = NAME) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "netpol.lab.cli", "lab", verb, "--name", name, *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
 
@@ -80,13 +80,13 @@ INTO_SHOP = {
 FROM_BLOG = {("blog/c", "shop/a"), ("blog/c", "shop/b")}
 
 
-@pytest.fixture(scope="module", params=["nft", "legacy"])
+@pytest.fixture(scope="class")
 def up(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("manifests")
     (folder / "pods.yaml").write_text(PODS)
-    done = lab("up", "-f", str(folder), "--iptables", request.param)
+    done = lab("up", "-f", str(folder), "--iptables", request.cls.iptables)
     try:
         assert done.returncode == 0, done.stderr
         yield done
@@ -101,73 +101,7 @@ def clean(up: subprocess.CompletedProcess[str]) -> Iterator[None]:
     kubectl("delete", "networkpolicies", "--all", "-n", "shop")
 
 
-def test_up_returns_when_every_agent_is_ready(up: subprocess.CompletedProcess[str]) -> None:
-    assert "2 of 2 agents are ready" in up.stderr
-    for index in (0, 1):
-        line = agent(index)
-        assert (line["ready"], line["problem"], line["restarts"]) == (True, "", 0)
-
-
-@pytest.mark.usefixtures("clean")
-def test_a_policy_is_in_force_for_the_probe_right_behind_it() -> None:
-    for _ in range(3):
-        kubectl("apply", "-f", "-", stdin=DENY)
-        assert denied() == INTO_SHOP
-        kubectl("apply", "-f", "-", stdin=FROM_SHOP)
-        assert denied() == FROM_BLOG
-        kubectl("delete", "networkpolicies", "--all", "-n", "shop")
-        assert denied() == set()
-
-
-@pytest.mark.usefixtures("clean")
-def test_both_families_are_judged() -> None:
-    kubectl("apply", "-f", "-", stdin=DENY)
-    assert denied("--ip-family", "4") == INTO_SHOP
-    assert denied("--ip-family", "6") == INTO_SHOP
-
-
-@pytest.mark.usefixtures("clean")
-def test_a_pod_that_was_just_created_is_part_of_the_probe() -> None:
-    kubectl("apply", "-f", "-", stdin=FROM_SHOP)
-    text = (
-        "{apiVersion: v1, kind: Pod, metadata: {name: d, namespace: shop}, spec: {containers:"
-        " [{name: c, image: x, ports: [{containerPort: 80}]}]}}"
-    )
-    kubectl("apply", "-f", "-", stdin=text)
-    assert denied() == FROM_BLOG | {("blog/c", "shop/d")}
-    kubectl("delete", "pod", "-n", "shop", "d")
-    assert denied() == FROM_BLOG
-
-
-@pytest.mark.usefixtures("clean")
-def test_a_killed_agent_comes_back_and_the_probe_waits_for_it() -> None:
-    before = agent(1)
-    control.ask(STATE / "lab.sock", "agent", node="node2", action="kill", signal="SIGKILL")
-    kubectl("apply", "-f", "-", stdin=DENY)
-    assert denied() == INTO_SHOP
-    after = agent(1)
-    assert after["restarts"] == before["restarts"] + 1
-    assert after["pid"] != before["pid"]
-
-
-@pytest.mark.usefixtures("clean")
-def test_without_an_agent_the_probe_says_so_and_does_not_guess() -> None:
-    control.ask(STATE / "lab.sock", "agent", node="node1", action="stop")
-    try:
-        done = lab("probe", "--port", "80/tcp")
-        assert done.returncode == 3
-        assert "agent on node1 does not run" in done.stderr
-        assert done.stdout == ""
-    finally:
-        control.ask(STATE / "lab.sock", "agent", node="node1", action="start")
-    assert denied() == set()
-
-
-@pytest.mark.usefixtures("up")
-def test_an_agent_reads_only_what_its_role_allows() -> None:
-    token = (STATE / "node1/token").read_text()
-    inside = ["ip", "netns", "exec", f"{netns_prefix(NAME)}node1"]
-    curl = """
+_GET = """
 import sys, urllib.request, urllib.error
 request = urllib.request.Request("http://172.30.0.1:6443" + sys.argv[1], method=sys.argv[2])
 request.add_header("Authorization", "Bearer " + sys.argv[3])
@@ -177,29 +111,111 @@ except urllib.error.HTTPError as error:
     print(error.code)
 """
 
-    def code(path: str, method: str, bearer: str) -> str:
-        command = [*inside, sys.executable, "-c", curl, path, method, bearer]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert code("/api/v1/pods", "GET", token) == "200"
-    assert code("/api/v1/pods", "GET", "another") == "401"
-    if (Path(launch.__file__).parents[2] / "manifests/rbac.yaml").exists():
-        assert code("/api/v1/namespaces/shop/pods/a", "DELETE", token) == "403"
+class Agents:
+    """The claims; each variant of iptables makes them with a lab of its own."""
+
+    iptables = ""
+
+    def test_up_returns_when_every_agent_is_ready(
+        self, up: subprocess.CompletedProcess[str]
+    ) -> None:
+        assert "2 of 2 agents are ready" in up.stderr
+        for index in (0, 1):
+            line = agent(index)
+            assert (line["ready"], line["problem"]) == (True, "")
+
+    @pytest.mark.usefixtures("clean")
+    def test_a_policy_is_in_force_for_the_probe_right_behind_it(self) -> None:
+        for _ in range(3):
+            kubectl("apply", "-f", "-", stdin=DENY)
+            assert denied() == INTO_SHOP
+            kubectl("apply", "-f", "-", stdin=FROM_SHOP)
+            assert denied() == FROM_BLOG
+            kubectl("delete", "networkpolicies", "--all", "-n", "shop")
+            assert denied() == set()
+
+    @pytest.mark.usefixtures("clean")
+    def test_both_families_are_judged(self) -> None:
+        kubectl("apply", "-f", "-", stdin=DENY)
+        assert denied("--ip-family", "4") == INTO_SHOP
+        assert denied("--ip-family", "6") == INTO_SHOP
+
+    @pytest.mark.usefixtures("clean")
+    def test_a_pod_that_was_just_created_is_part_of_the_probe(self) -> None:
+        kubectl("apply", "-f", "-", stdin=FROM_SHOP)
+        text = (
+            "{apiVersion: v1, kind: Pod, metadata: {name: d, namespace: shop}, spec: {containers:"
+            " [{name: c, image: x, ports: [{containerPort: 80}]}]}}"
+        )
+        kubectl("apply", "-f", "-", stdin=text)
+        assert denied() == FROM_BLOG | {("blog/c", "shop/d")}
+        kubectl("delete", "pod", "-n", "shop", "d")
+        assert denied() == FROM_BLOG
+
+    @pytest.mark.usefixtures("clean")
+    def test_a_killed_agent_comes_back_and_the_probe_waits_for_it(self) -> None:
+        before = agent(1)
+        control.ask(STATE / "lab.sock", "agent", node="node2", action="kill", signal="SIGKILL")
+        kubectl("apply", "-f", "-", stdin=DENY)
+        assert denied() == INTO_SHOP
+        after = agent(1)
+        assert after["restarts"] == before["restarts"] + 1
+        assert after["pid"] != before["pid"]
+
+    @pytest.mark.usefixtures("clean")
+    def test_without_an_agent_the_probe_says_so_and_does_not_guess(self) -> None:
+        control.ask(STATE / "lab.sock", "agent", node="node1", action="stop")
+        try:
+            done = lab("probe", "--port", "80/tcp")
+            assert done.returncode == 3
+            assert "agent on node1 does not run" in done.stderr
+            assert done.stdout == ""
+        finally:
+            control.ask(STATE / "lab.sock", "agent", node="node1", action="start")
+        assert denied() == set()
+
+    @pytest.mark.usefixtures("up")
+    def test_an_agent_reads_only_what_its_role_allows(self) -> None:
+        token = (STATE / "node1/token").read_text()
+        inside = ["ip", "netns", "exec", f"{netns_prefix(NAME)}node1"]
+
+        def code(path: str, method: str, bearer: str) -> str:
+            command = [*inside, sys.executable, "-c", _GET, path, method, bearer]
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.strip()
+
+        assert code("/api/v1/pods", "GET", token) == "200"
+        assert code("/api/v1/pods", "GET", "another") == "401"
+        if (Path(launch.__file__).parents[2] / "manifests/rbac.yaml").exists():
+            assert code("/api/v1/namespaces/shop/pods/a", "DELETE", token) == "403"
 
 
-def test_down_ends_the_agents_of_a_killed_supervisor(
-    up: subprocess.CompletedProcess[str],
-) -> None:
-    """Runs last: the fixture's own `down` has nothing more to do."""
-    found = [processes.recorded(STATE / f"node{i}/agent.process") for i in (1, 2)]
-    supervisor = processes.recorded(STATE / launch.SUPERVISOR_RECORD)
-    assert supervisor is not None
-    os.kill(supervisor.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 5
-    while supervisor.alive and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert all(process is not None and process.alive for process in found)
-    assert lab("down").returncode == 0
-    assert not any(process is not None and process.alive for process in found)
-    assert not spaces.names(netns_prefix(NAME))
-    assert not STATE.exists()
+class TestNft(Agents):
+    iptables = "nft"
+
+
+class TestLegacy(Agents):
+    iptables = "legacy"
+
+
+def test_down_ends_the_agents_of_a_killed_supervisor() -> None:
+    name = f"td{os.getpid()}"
+    state = STATE_ROOT / name
+    try:
+        assert lab("up", name=name).returncode == 0
+        found = [processes.recorded(state / f"node{i}/agent.process") for i in (1, 2)]
+        supervisor = processes.recorded(state / launch.SUPERVISOR_RECORD)
+        assert supervisor is not None
+        os.kill(supervisor.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while supervisor.alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert all(process is not None and process.alive for process in found)
+        assert lab("down", name=name).returncode == 0
+        assert not any(process is not None and process.alive for process in found)
+        assert not spaces.names(netns_prefix(name))
+        assert not state.exists()
+    finally:
+        launch.down(name)

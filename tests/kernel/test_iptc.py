@@ -110,11 +110,13 @@ def test_descriptor_1_is_never_redirected(
 
     writer = threading.Thread(target=write)
     writer.start()
-    for _ in range(20):
-        tables.apply(put(KNP_A=(Rule(Log(1, "p"), (), "c"),) * 5))
-        tables.dump("mangle", Family.V4)
-    stop.set()
-    writer.join()
+    try:
+        for _ in range(20):
+            tables.apply(put(KNP_A=(Rule(Log(1, "p"), (), "c"),) * 5))
+            tables.dump("mangle", Family.V4)
+    finally:
+        stop.set()
+        writer.join()
     assert capfd.readouterr().out == "x" * written
 
 

@@ -19,7 +19,7 @@ from tests.unit.k8s.badserver import BadServer, FastClock, pod
 
 FAULTS = ("500", "410", "gone", "empty", "cut", "end", "drop", "garbage", "duplicate", "reorder")
 LIST_FAULTS = ("500", "garbage")
-STEPS = 600
+STEPS = 400
 NAMES = [f"p{i}" for i in range(25)]
 
 
@@ -110,7 +110,7 @@ class Chaos:
                 self.server.delete(name)
 
 
-async def scenario(seed, store, *, watch_list):
+async def scenario(seed, store, *, watch_list, patience_s=5.0):
     changes = []
     store.subscribe(changes.append)
     async with BadServer() as server, Api.for_server(server.url) as api:
@@ -129,7 +129,7 @@ async def scenario(seed, store, *, watch_list):
             for obj in server.objects.values():
                 item = decode(POD, obj)
                 want[item.key] = item.value
-            for _ in range(400):
+            for _ in range(int(patience_s / 0.005)):
                 if dict(store.objects) == want and informer.synced:
                     break
                 await asyncio.sleep(0.005)
@@ -165,9 +165,11 @@ async def test_the_mirror_equals_the_server_after_chaos(seed, watch_list):
 async def test_the_same_run_finds_a_defective_cache(defect):
     found = 0
     for seed in range(4):
-        same, changes, _server, _ = await scenario(seed, defect("pods"), watch_list=False)
+        same, changes, _, _ = await scenario(seed, defect("pods"), watch_list=False, patience_s=0.5)
         found += not same or _went_back(changes)
-    assert found >= 2
+        if found == 2:
+            return
+    pytest.fail("a defective cache was taken for a good one")
 
 
 def _went_back(changes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netpol.model.flow import Flow, Party, PartyKind, Verdict
@@ -52,6 +52,23 @@ def test_walk_is_oracle(manifests: builders.World, ports: list[str], field_mask:
         assert outcome.passed == wanted, f"{src} to {dst} {port} IPv{family}\n{outcome}"
 
 
+@settings(max_examples=settings.default.max_examples // 4)
+@given(worlds.crowded(), worlds.one(worlds.PORTS), worlds.one((NARROW, 0x0001_C000)))
+def test_overflow_is_oracle(manifests: builders.World, port: str, field_mask: int):
+    """Classes beyond the field's numbers are found by sets; the field may lie anywhere."""
+    world = engine.build(manifests)
+    cluster = Cluster.rendered(world, field_mask=field_mask, foreign_mark=0x0400_2001)
+    assert "KNP-OI4-" in cluster.texts["n1"].sets
+    assert "KNP-OE6-" in cluster.texts["n1"].sets
+    for src, dst, _, family, flow in flows(world, manifests, [port]):
+        if not cluster.hops(flow):
+            continue
+        outcome = cluster.walk(flow)
+        wanted = expected(cluster, manifests, src, dst, flow)
+        assert outcome.passed == wanted, f"{src} to {dst} {port} IPv{family}\n{outcome}"
+
+
+@settings(max_examples=settings.default.max_examples // 5)
 @given(worlds.worlds(max_policies=3))
 def test_established_packets_pass(manifests: builders.World):
     world = engine.build(manifests)
@@ -61,6 +78,7 @@ def test_established_packets_pass(manifests: builders.World):
             assert cluster.walk(flow, ctstate="ESTABLISHED").passed
 
 
+@settings(max_examples=settings.default.max_examples // 5)
 @given(worlds.worlds())
 def test_denied_packets_say_where(manifests: builders.World):
     """The prefix of a denied packet names the direction that the evaluator blames first."""

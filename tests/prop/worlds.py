@@ -16,6 +16,8 @@ from tests import builders as make
 Json = dict[str, Any]
 
 NAMESPACES = ("a", "b", "c")
+#: Where pods and policies are: mostly together, so that several policies meet in one pod.
+HOMES = ("a", "a", "a", "b", "b", "c")
 KEYS = ("k", "l")
 VALUES = ("1", "2")
 NODES = {"n1": ("172.18.0.2", "fd00:18::2"), "n2": ("172.18.0.3", "fd00:18::3")}
@@ -181,8 +183,9 @@ types = _rarely(
 
 @st.composite
 def policies(draw: st.DrawFn, name: str | None = None) -> Json:
-    ref = f"{draw(one(NAMESPACES))}/{name or draw(one(('p', 'q', 'r')))}"
-    made = make.policy(ref, draw(selectors()), types=draw(types))
+    ref = f"{draw(one(HOMES))}/{name or draw(one(('p', 'q', 'r')))}"
+    subject = draw(selectors()) if draw(st.integers(0, 2)) else {}
+    made = make.policy(ref, subject, types=draw(types))
     if draw(st.booleans()):
         made["spec"]["ingress"] = draw(st.lists(rules("from"), max_size=3))
     if draw(st.booleans()):
@@ -199,8 +202,8 @@ container_ports = st.lists(
 
 @st.composite
 def pods(draw: st.DrawFn, name: str) -> Json:
-    node = draw(one(tuple(NODES)))
-    ref = f"{draw(one(NAMESPACES))}/{name}"
+    node = draw(one(("n1", "n1", "n2")))
+    ref = f"{draw(one(HOMES))}/{name}"
     phase = draw(_rarely(st.just("Running"), one(("Pending", "Succeeded", "Failed", "Unknown"))))
     common: Json = {
         "node": node,
@@ -212,7 +215,7 @@ def pods(draw: st.DrawFn, name: str) -> Json:
     }
     if draw(st.integers(0, 9)) == 6:
         return make.pod(ref, ip=NODES[node], host_network=True, **common)
-    last = draw(st.integers(2, 7))  # 1 is the gateway
+    last = draw(st.integers(2, 5))  # 1 is the gateway; few, so that addresses are used again
     v4, v6 = (f"10.0.{node[1]}.{last}", f"fd00:0:{node[1]}::{last}")
     # mostly both families, now and then one, none, or another host's part
     ips = draw(one(((v4, v6), (v4, v6), (v4, v6), (v6, v4), (v4,), (v6,), ())))
@@ -231,6 +234,32 @@ def worlds(draw: st.DrawFn, *, max_policies: int = 4) -> make.World:
     spaces = [draw(namespaces(n)) for n in NAMESPACES if draw(st.integers(0, 9)) != 5]
     running = [draw(pods(f"p{i}")) for i in range(draw(st.integers(2, 6)))]
     found = [draw(policies(f"p{i}")) for i in range(draw(st.integers(1, max_policies)))]
+    return make.world(*nodes, *spaces, *running, *found)
+
+
+@st.composite
+def crowded(draw: st.DrawFn) -> make.World:
+    """One node with pods of seven classes: more than a field of three bits can number."""
+    spaces = [make.namespace("a", k="1"), make.namespace("b", k="2")]
+    marks = ("x", "y", "z")
+    running = []
+    for number in range(1, 2 ** len(marks)):
+        have = {m: "1" for bit, m in enumerate(marks) if number >> bit & 1}
+        addresses = (f"10.0.1.{number + 1}", f"fd00:0:1::{number + 1}")
+        ports = draw(container_ports)
+        running.append(
+            make.pod(f"a/p{number}", ip=addresses, labels=have | draw(labels), ports=ports)
+        )
+    running.append(make.pod("b/far", ip=("10.0.2.2", "fd00:0:2::2"), node="n2", k="1"))
+    found = []
+    for mark in marks:
+        made = make.policy(
+            f"a/{mark}", make.selector(labels={mark: "1"}), types=("Ingress", "Egress")
+        )
+        made["spec"]["ingress"] = draw(st.lists(rules("from"), max_size=2))
+        made["spec"]["egress"] = draw(st.lists(rules("to"), max_size=2))
+        found.append(made)
+    nodes = [make.node(n, *NODES[n], cidrs=RANGES[n]) for n in NODES]
     return make.world(*nodes, *spaces, *running, *found)
 
 

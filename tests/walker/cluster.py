@@ -99,9 +99,15 @@ class Cluster:
     """All nodes of a world with their rules."""
 
     def __init__(
-        self, world: World, texts: dict[str, Text], *, field_mask: int = DEFAULT_FIELD_MASK
+        self,
+        world: World,
+        texts: dict[str, Text],
+        *,
+        field_mask: int = DEFAULT_FIELD_MASK,
+        foreign_mark: int = FOREIGN_MARK,
     ) -> None:
         self.world, self.texts, self.field_mask = world, texts, field_mask
+        self.foreign_mark = foreign_mark
         self._tables: dict[tuple[str, Family], Table] = {}
         self._local = {
             name: frozenset(
@@ -115,7 +121,13 @@ class Cluster:
                 self._tables[node, family] = parse_table(text.tables[family], int(family), sets)
 
     @classmethod
-    def rendered(cls, world: World, *, field_mask: int = DEFAULT_FIELD_MASK) -> Cluster:
+    def rendered(
+        cls,
+        world: World,
+        *,
+        field_mask: int = DEFAULT_FIELD_MASK,
+        foreign_mark: int = FOREIGN_MARK,
+    ) -> Cluster:
         """Render every node of a world."""
         texts = {
             node: text_of(
@@ -124,7 +136,7 @@ class Cluster:
             )
             for node in world.nodes
         }
-        return cls(world, texts, field_mask=field_mask)
+        return cls(world, texts, field_mask=field_mask, foreign_mark=foreign_mark)
 
     def place(self, party: Party) -> tuple[str, str]:
         """Where an address is: ("pod", node), ("host", node) or ("outside", "")."""
@@ -166,7 +178,7 @@ class Cluster:
             PROTOCOLS[flow.protocol],
             flow.port,
             icmp_type=ECHO_REQUEST.get(flow.protocol),
-            mark=FOREIGN_MARK,
+            mark=self.foreign_mark,
         )
         return replace(base, **fields)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tests.walker.bpf import parse_program, run
 from tests.walker.packet import Packet, WalkError
 from tests.walker.sets import IpSet, masked_value
 
@@ -353,6 +354,11 @@ def _match(reader: _Reader, rule: ParsedRule, protocol: str, table: Table) -> No
             rule.tests.append(lambda packet, _mark: (packet.connmark & mask == value) != negate)
     elif name == "addrtype":
         _addrtype(reader, rule)
+    elif name == "bpf":
+        if not reader.take("--bytecode"):
+            raise reader.unknown("bpf")
+        program = parse_program(reader.next())
+        rule.tests.append(lambda packet, _mark: run(program, packet))
     elif name == "limit":
         while reader.take("--limit") or reader.take("--limit-burst"):
             reader.next()  # the budget is never used up here

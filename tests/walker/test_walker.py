@@ -103,6 +103,23 @@ def test_matches(match: str, fields: dict[str, object], wanted: bool):
     assert dropped(match, packet(**fields)) is wanted
 
 
+SAME4 = "6,32 0 0 12,7 0 0 0,32 0 0 16,29 0 1 0,6 0 0 65535,6 0 0 0"
+
+
+def test_bpf_compares_what_the_header_holds():
+    match = f'-m bpf --bytecode "{SAME4}"'
+    assert not dropped(match)
+    assert dropped(match, packet(dst=A))
+    beyond = SAME4.replace("32 0 0 16", "32 0 0 160")
+    assert not dropped(f'-m bpf --bytecode "{beyond}"', packet(dst=A))
+
+
+@pytest.mark.parametrize("program", ["1,6 0 0 1,6 0 0 1", "1,40 0 0 12", "1,32 0 0 12"])
+def test_unknown_bpf_raises(program: str):
+    with pytest.raises(WalkError):
+        dropped(f'-m bpf --bytecode "{program}"')
+
+
 def test_icmpv6_type_and_hop_limit():
     match = "-p ipv6-icmp -m icmp6 --icmpv6-type 135 -m hl --hl-eq 255"
     probe = packet(src=A6, dst=B6, protocol="ipv6-icmp", dport=None, icmp_type=135, hop_limit=255)

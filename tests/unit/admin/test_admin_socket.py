@@ -54,7 +54,7 @@ async def test_an_answer_is_what_the_handler_returned(path):
 
 
 async def test_errors_keep_their_class_and_words(path):
-    with pytest.raises(InputError, match="args.pod; needed NS/NAME; got nothing"):
+    with pytest.raises(InputError, match=r"args\.pod; needed NS/NAME; got nothing"):
         await call(path, "refuse")
     with pytest.raises(NoAnswerError, match="RuntimeError: boom"):
         await call(path, "break")
@@ -69,7 +69,7 @@ async def test_a_follower_gets_every_item_and_then_the_end(path):
 
 
 async def test_the_socket_is_for_root_only(path):
-    assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
+    assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600  # noqa: ASYNC240
 
 
 @pytest.mark.parametrize("line", [b"\n", b"[]\n", b'{"op": 1}\n', b'{"op":"echo","args":[]}\n'])
@@ -117,7 +117,8 @@ async def test_a_killed_agent_leaves_no_lock(tmp_path):
         "async def main():\n await AdminServer(sys.argv[1], {}).start()\n print('up', flush=True)\n"
         " await asyncio.sleep(60)\nasyncio.run(main())"
     )
-    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) as other:
+    command = [sys.executable, "-c", code, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:  # noqa: ASYNC220
         assert other.stdout.readline() == b"up\n"
         server = AdminServer(path, HANDLERS)
         with pytest.raises(NoAnswerError, match=f"process {other.pid}"):

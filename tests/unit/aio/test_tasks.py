@@ -42,7 +42,7 @@ async def test_a_cancelled_task_did_not_die():
 
 async def test_a_task_set_knows_the_living_and_the_dead():
     reported = []
-    tasks = TaskSet(on_death=lambda name, error: reported.append(name))
+    tasks = TaskSet(on_death=lambda *death: reported.append(death[0]))
     tasks.spawn("good", forever())
     with capture_logs():
         await asyncio.wait((tasks.spawn("bad", fails()),))

@@ -14,7 +14,7 @@ from netpol.ctl import main as program
 from netpol.ctl.output import MESSAGE_MAX_CHARS, clip
 
 REPOSITORY = Path(__file__).parents[3]
-SHOP = str(REPOSITORY / "manifests" / "examples" / "shop.yaml")
+SHOP = str(REPOSITORY / "tests" / "spec" / "ctl" / "worlds" / "shop.yaml")
 HEAVY = (
     "kubernetes",
     "aiohttp",

@@ -131,7 +131,7 @@ class BadServer:
     async def __aenter__(self):
         app = web.Application()
         app.router.add_get("/api/v1/pods", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.02)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()

@@ -11,6 +11,7 @@ from netpol.aio.clock import ManualClock
 from netpol.k8s import credentials
 from netpol.k8s.api import Api
 from netpol.k8s.errors import ApiError
+from netpol.lab.apiserver import ApiServer
 from netpol.lib.errors import InputError
 
 
@@ -38,7 +39,7 @@ async def echo():
     made = Echo()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", made.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.02)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0]
@@ -196,7 +197,7 @@ async def test_in_cluster_configuration(echo, tmp_path):
     configuration, source = credentials.in_cluster(clock=ManualClock(), environ=environ, **places)
     assert configuration.host == f"https://127.0.0.1:{echo.port}"
     configuration.host, configuration.ssl_ca_cert = echo.url, None
-    async with Api(configuration, source) as api:
+    async with Api(credentials.Found(configuration, source)) as api:
         await api.get("/")
     assert echo.authorization == "Bearer one"
 
@@ -227,6 +228,64 @@ async def test_a_kubeconfig(echo, tmp_path):
             await Api.from_kubeconfig(file)
     with pytest.raises(InputError, match="cannot be used"):
         await Api.from_kubeconfig(tmp_path / "nowhere")
+
+
+async def test_a_kubeconfig_is_read_again_after_a_401_but_not_all_the_time(echo, tmp_path):
+    file, clock = tmp_path / "config", ManualClock()
+
+    def write(token):
+        user = {"name": "u", "user": {"token": token}}
+        context = {"name": "c", "context": {"cluster": "k", "user": "u"}}
+        cluster = {"name": "k", "cluster": {"server": echo.url}}
+        file.write_text(
+            json.dumps(
+                {
+                    "current-context": "c",
+                    "contexts": [context],
+                    "clusters": [cluster],
+                    "users": [user],
+                }
+            )
+        )
+
+    async def refused(api):
+        echo.script = [web.Response(status=401)]
+        with pytest.raises(ApiError):
+            await api.get("/")
+
+    write("one")
+    async with await Api.from_kubeconfig(file, clock=clock) as api:
+        await api.get("/")
+        write("two")
+        await refused(api)
+        await api.get("/")
+        assert echo.authorization == "Bearer two"
+        write("three")
+        await refused(api)
+        await api.get("/")
+        assert echo.authorization == "Bearer two", "within 30 s it is not read again"
+        await clock.advance(31.0)
+        file.write_text("{")
+        await refused(api)
+        await clock.advance(31.0)
+        write("three")
+        await refused(api)
+        await api.get("/")
+        assert echo.authorization == "Bearer three"
+
+
+async def test_a_rotated_ca_is_read_again(tmp_path):
+    ca, clock = tmp_path / "ca.crt", ManualClock()
+    async with ApiServer(tls=True) as old, ApiServer(tls=True) as new:
+        ca.write_bytes(old.ca_pem)
+        async with Api.for_server(new.url, ca_file=ca, clock=clock) as api:
+            with pytest.raises(ApiError, match="certificate"):
+                await api.get("/version")
+            ca.write_bytes(new.ca_pem)
+            await clock.advance(31.0)
+            with pytest.raises(ApiError, match="certificate"):
+                await api.get("/version")
+            assert b"gitVersion" in await api.get("/version")
 
 
 async def test_explicit_tls_settings(tmp_path):

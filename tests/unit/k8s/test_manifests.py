@@ -46,12 +46,18 @@ def addresses(found):
 # -- what is loaded ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_every_example_is_accepted(file):
     found = load([str(file)])
-    assert found.policies
+    assert found.policies or found.pods
     assert not found.problems
     assert not found.skipped
+
+
+def test_the_examples_can_be_loaded_together():
+    found = load([str(EXAMPLES)])
+    assert {k.namespace for k in found.policies} == {"default", "shop"}
+    assert not found.notices
 
 
 def test_documents_lists_and_typed_lists_are_one(read):

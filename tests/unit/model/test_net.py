@@ -62,6 +62,7 @@ def test_parse_prefix(text: str, wanted: str):
         "fe80::1%eth0/64",
         ":::/0",
         "\u0661\u0660.0.0.0/8",
+        "10.0.0.0/\u0668",
         "localhost/8",
     ],
 )

@@ -1,0 +1,71 @@
+"""The caches as a `World`, made when somebody asks: for the audit log and for explanations on the node.
+
+A world of a large cluster takes tens of milliseconds to build, so one serves all questions of a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from netpol.aio.clock import Clock
+from netpol.model.flow import Flow, Party, Trace
+from netpol.model.objects import Endpoint, Namespace, Node
+from netpol.model.policy import CompiledPolicy
+from netpol.policy.evaluate import evaluate
+from netpol.policy.world import World
+
+#: How old an answer may be while the caches change all the time.
+MAX_AGE_S = 1.0
+
+
+class WorldView:
+    """Builds worlds from what the caches hold.
+
+    Args:
+        namespaces: all that the agent knows; likewise the others.
+        generation: grows with every change of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        namespaces: Callable[[], Iterable[Namespace]],
+        pods: Callable[[], Iterable[Endpoint]],
+        policies: Callable[[], Iterable[CompiledPolicy]],
+        nodes: Callable[[], Iterable[Node]],
+        generation: Callable[[], int],
+        clock: Clock,
+    ) -> None:
+        self._namespaces, self._pods, self._policies = namespaces, pods, policies
+        self._nodes, self._generation, self._clock = nodes, generation, clock
+        self._world = World.build()
+        self._made_of = -1
+        self._made_at_s = 0.0
+
+    def world(self) -> World:
+        """The world of this moment, at most `MAX_AGE_S` old."""
+        generation = self._generation()
+        now_s = self._clock.monotonic()
+        stale = generation != self._made_of and now_s - self._made_at_s > MAX_AGE_S
+        if stale or self._made_of < 0:
+            self._world = World.build(
+                namespaces=self._namespaces(),
+                pods=self._pods(),
+                policies=self._policies(),
+                nodes=self._nodes(),
+            )
+            self._made_of, self._made_at_s = generation, now_s
+        return self._world
+
+    def party(self, address: bytes) -> Party:
+        """Who is behind an address."""
+        return self.world().party(address)
+
+    def judge(self, flow: Flow) -> Trace:
+        """Judge a flow with reasons."""
+        return evaluate(self.world(), flow)
+
+    def generation(self) -> int:
+        """Which generation the answers come from."""
+        self.world()
+        return self._made_of

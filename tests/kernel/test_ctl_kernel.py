@@ -1,0 +1,78 @@
+"""What `netpol-ctl render` prints loads with the real tools, and `cleanup` takes all of it away again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.kernel
+
+REPOSITORY = Path(__file__).parents[2]
+WORLD = REPOSITORY / "tests" / "spec" / "ctl" / "worlds" / "corners.yaml"
+
+
+@pytest.fixture
+def space(tmp_path):
+    """A network namespace with a foreign rule in it; runs commands there."""
+    name = f"knpt-ctl-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    environment = {**os.environ, "XTABLES_LOCKFILE": str(tmp_path / "lock")}
+
+    def run(*command, text=""):
+        done = subprocess.run(
+            ["ip", "netns", "exec", name, *command],
+            input=text,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=REPOSITORY,
+            env=environment,
+        )
+        assert done.returncode == 0, f"{command}: {done.stderr}\n{text}"
+        return done.stdout
+
+    yield run
+    subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def ctl(*words):
+    return (sys.executable, "-m", "netpol.ctl.main", *words)
+
+
+def rendered(run, *words):
+    return run(*ctl("render", "--node", "node-a", "-f", str(WORLD), *words))
+
+
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+def test_rendered_text_loads_and_cleanup_removes_it(space, variant, tmp_path):
+    foreign = "*mangle\n:OTHER - [0:0]\n-A FORWARD -j OTHER\n-A OTHER -p tcp -j ACCEPT\nCOMMIT\n"
+    space(f"iptables-{variant}-restore", "--noflush", text=foreign)
+    before = saved(space, variant)
+    space("ipset", "create", "foreign", "hash:ip")
+
+    space("ipset", "restore", text=rendered(space, "--only", "sets"))
+    for family, tool in (("4", "iptables"), ("6", "ip6tables")):
+        text = rendered(space, "--only", "rules", "--family", family)
+        space(f"{tool}-{variant}-restore", "--noflush", text=text)
+        assert "-A FORWARD -j KNP-" in space(f"{tool}-{variant}-save", "-t", "mangle")
+    assert any(s.startswith("KNP-") for s in space("ipset", "list", "-n").split())
+
+    socket = str(tmp_path / "none.sock")
+    assert space(*ctl("cleanup", "--socket", socket)).startswith("removed ")
+    assert saved(space, variant) == before
+    assert space("ipset", "list", "-n").split() == ["foreign"]
+    assert "KNP-" not in space(f"ip6tables-{variant}-save")
+    assert space(*ctl("cleanup", "--socket", socket)) == "nothing of netpol here\n"
+
+
+def saved(run, variant):
+    lines = run(f"iptables-{variant}-save", "-t", "mangle").splitlines()
+    return [x for x in lines if not x.startswith("#")]
+
+
+def test_cleanup_makes_no_table_by_looking(space, tmp_path):
+    space(*ctl("cleanup", "--socket", str(tmp_path / "none.sock")))
+    assert space("cat", "/proc/net/ip_tables_names") == ""
+    assert space("iptables-nft-save") == ""
