@@ -1,15 +1,21 @@
-"""The cluster as the API server has it now: one paged list of each kind, no watch."""
+"""The cluster as the API server has it now: one paged list of each kind, no watch.
+
+Asked directly by a kubeconfig, or through the agent of this node, which lends its connection.
+"""
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+from netpol.admin import client
 from netpol.ctl import kubeconfig
 from netpol.ctl.output import remark
 from netpol.ctl.source import Cluster, compiled
@@ -26,6 +32,7 @@ from netpol.k8s.decode import (
 )
 from netpol.k8s.errors import ApiError, DecodeError
 from netpol.k8s.manifests import service_extras
+from netpol.lib.errors import NoAnswerError
 from netpol.model.ids import ObjectKey
 from netpol.policy.world import World
 
@@ -36,14 +43,65 @@ PAGE = 500
 TIMEOUT_S = 20.0
 
 
-def cluster(path: str | None, *, context: str | None = None) -> Cluster:
-    """Read what policy needs from the API server.
+class Source(Protocol):
+    """Gives pages of lists."""
+
+    name: str
+
+    def page(self, kind: ResourceKind[Any], token: str) -> bytes:
+        """The page of a list that `token` leads to ("" is the first)."""
+        ...
+
+
+class Direct:
+    """The API server by HTTP."""
+
+    def __init__(self, access: kubeconfig.Access) -> None:
+        self._access, self.name = access, access.server
+
+    def page(self, kind: ResourceKind[Any], token: str) -> bytes:
+        """See Source."""
+        query = {"limit": str(PAGE), **({"continue": token} if token else {})}
+        return _get(self._access, f"{kind.path()}?{urllib.parse.urlencode(query)}")
+
+
+class Relayed:
+    """The API server through this node's agent."""
+
+    def __init__(self, socket: str) -> None:
+        self._socket, self.name = socket, f"the agent at {socket}"
+
+    def page(self, kind: ResourceKind[Any], token: str) -> bytes:
+        """See Source."""
+        args = {"kind": kind.name, "continue": token}
+        answer = client.call(self._socket, "list", timeout_s=TIMEOUT_S, **args)
+        body = answer.get("body") if isinstance(answer, dict) else None
+        if not isinstance(body, str):
+            raise NoAnswerError(f"{self.name} gave no list")
+        return body.encode()
+
+
+def source(args: argparse.Namespace) -> Source:
+    """Who is asked: a kubeconfig that is named, the agent if there is one, what else is found.
 
     Raises:
-        ApiError: it refuses or does not answer.
-        NoAnswerError, InputError: no server, or an unusable kubeconfig.
+        NoAnswerError: nobody can be asked.
     """
-    access = kubeconfig.load(path, context=context)
+    access = kubeconfig.named(args.kubeconfig, context=args.context)
+    if access is not None:
+        return Direct(access)
+    if args.socket_given or Path(args.socket).exists():
+        return Relayed(args.socket)
+    return Direct(kubeconfig.found(context=args.context))
+
+
+def cluster(asked: Source) -> Cluster:
+    """Read what policy needs.
+
+    Raises:
+        ApiError: the server refuses or does not answer.
+        NoAnswerError: the agent does not answer.
+    """
     headless: set[ObjectKey] = set()
     external: dict[bytes, ObjectKey] = {}
 
@@ -56,17 +114,17 @@ def cluster(path: str | None, *, context: str | None = None) -> Cluster:
                 headless.add(key)
             external.update(dict.fromkeys(addresses, key))
 
-    services = [d.value for page in _pages(access, SERVICE, look) for d in page]
-    policies = compiled(d.value for page in _pages(access, NETWORK_POLICY) for d in page)
-    nodes = [d.value for page in _pages(access, NODE) for d in page]
-    pods = [d.value for page in _pages(access, POD) for d in page]
+    services = [d.value for page in _pages(asked, SERVICE, look) for d in page]
+    policies = compiled(d.value for page in _pages(asked, NETWORK_POLICY) for d in page)
+    nodes = [d.value for page in _pages(asked, NODE) for d in page]
+    pods = [d.value for page in _pages(asked, POD) for d in page]
     world = World.build(
-        namespaces=[d.value for page in _pages(access, NAMESPACE) for d in page],
+        namespaces=[d.value for page in _pages(asked, NAMESPACE) for d in page],
         pods=pods,
         policies=policies,
         nodes=nodes,
         services=services,
-        slices=[d.value for page in _pages(access, ENDPOINT_SLICE) for d in page],
+        slices=[d.value for page in _pages(asked, ENDPOINT_SLICE) for d in page],
     )
     names = {n.name for n in nodes} | {p.node for p in pods if p.node}
     return Cluster(
@@ -78,27 +136,23 @@ def cluster(path: str | None, *, context: str | None = None) -> Cluster:
 
 
 def _pages(
-    access: kubeconfig.Access, kind: ResourceKind[T], look: Any = None
+    asked: Source, kind: ResourceKind[T], look: Any = None
 ) -> Iterator[tuple[Decoded[T], ...]]:
     token = ""
     while True:
-        body = _get(access, f"{kind.path()}?limit={PAGE}" + _continue(token))
+        body = asked.page(kind, token)
         try:
             page = decode_list(kind, body)
             if look is not None:
                 look(body)
         except (DecodeError, ValueError, AttributeError) as e:
-            raise ApiError(f"list of {kind} from {access.server}", message=str(e)[:500]) from e
+            raise ApiError(f"list of {kind} from {asked.name}", message=str(e)[:500]) from e
         for error in page.errors:
             remark(f"left out: {error}")
         yield page.items
         token = page.continue_token
         if not token:
             return
-
-
-def _continue(token: str) -> str:
-    return f"&continue={urllib.parse.quote(token, safe='')}" if token else ""
 
 
 def _get(access: kubeconfig.Access, path: str) -> bytes:

@@ -16,6 +16,9 @@ from netpol.model.objects import Endpoint
 from netpol.model.policy import BlockPeer, CompiledPolicy, PolicyRule, PortName
 from netpol.policy.evaluate import describe_peer, describe_port
 
+#: Members of a set that are listed in the text; the document has them all.
+_MEMBERS_SHOWN = 20
+
 _NOTES = {
     "icmp": "ICMP has no ports: only a rule without ports allows it; errors of allowed connections "
     "and IPv6 neighbour discovery pass",
@@ -187,19 +190,20 @@ def _sentence(rule: dict[str, Any], direction: Direction) -> str:
 
 
 def _kernel_text(kernel: dict[str, Any]) -> list[str]:
-    lines = ["kernel:"]
+    state = "in sync" if kernel.get("in_sync", True) else "not in sync: what follows is older"
+    at = f", generation {kernel['generation']}" if "generation" in kernel else ""
+    lines = [f"kernel: {state}{at}"]
     for chain in kernel.get("chains", ()):
-        lines.append(f"  {_title(chain)}")
-        lines += [f"    {_rule_line(r)}" for r in _items(chain, "rules")]
+        lines.append(f"  chain {_title(chain)}")
+        rules = _items(chain, "rules")
+        lines += [f"    {_rule_line(r)}" for r in rules] or ["    no rule: it allows nothing"]
     for found in kernel.get("sets", ()):
         members = _items(found, "members")
         size = found.get("size", len(members)) if isinstance(found, dict) else len(members)
         lines.append(f"  set {_title(found)}: {plural(size, 'member')}")
-        lines += [f"    {m}" for m in members[:20]]
-        if len(members) > 20:
-            lines.append(f"    and {len(members) - 20} more")
-    rest = {k: v for k, v in kernel.items() if k not in ("chains", "sets")}
-    lines += [f"  {k}: {v}" for k, v in rest.items()]
+        lines += [f"    {m}" for m in members[:_MEMBERS_SHOWN]]
+        if len(members) > _MEMBERS_SHOWN:
+            lines.append(f"    and {len(members) - _MEMBERS_SHOWN} more")
     return lines
 
 

@@ -35,27 +35,48 @@ class Access:
     headers: dict[str, str]
 
 
-def load(path: str | None, *, context: str | None = None) -> Access:
-    """Find the API server: --kubeconfig, KUBECONFIG, the pod's service account, ~/.kube/config.
+def named(path: str | None, *, context: str | None = None) -> Access | None:
+    """The API server that the user names: --kubeconfig, else KUBECONFIG, else None.
 
     Raises:
-        NoAnswerError: nothing names one.
         InputError: a kubeconfig that cannot be used.
+        NoAnswerError: KUBECONFIG names no file.
     """
     if path:
         return _from_files([path], context)
-    named = [p for p in os.environ.get("KUBECONFIG", "").split(os.pathsep) if p]
-    if named:
-        found = [p for p in named if Path(p).exists()]
-        if not found:
-            raise NoAnswerError(f"KUBECONFIG names no file that exists: {named[0]}")
-        return _from_files(found, context)
+    files = [p for p in os.environ.get("KUBECONFIG", "").split(os.pathsep) if p]
+    if not files:
+        return None
+    there = [p for p in files if Path(p).exists()]
+    if not there:
+        raise NoAnswerError(f"KUBECONFIG names no file that exists: {files[0]}")
+    return _from_files(there, context)
+
+
+def found(*, context: str | None = None) -> Access:
+    """The API server that is found without being named: the pod's service account, ~/.kube/config.
+
+    Raises:
+        InputError: a kubeconfig that cannot be used.
+        NoAnswerError: there is none.
+    """
     if os.environ.get("KUBERNETES_SERVICE_HOST") and (SERVICE_ACCOUNT / "token").exists():
         return _in_cluster()
     home = Path("~/.kube/config").expanduser()
     if home.exists():
         return _from_files([str(home)], context)
-    raise NoAnswerError("no cluster to ask", needed="-f MANIFESTS, --kubeconfig FILE or KUBECONFIG")
+    raise NoAnswerError(
+        "no cluster to ask",
+        needed="-f MANIFESTS, an agent on this node, --kubeconfig FILE or KUBECONFIG",
+    )
+
+
+def default_namespace(path: str | None, *, context: str | None = None) -> str:
+    """The namespace of the context in use; "default" where no kubeconfig says one."""
+    try:
+        return (named(path, context=context) or found(context=context)).namespace
+    except NoAnswerError:
+        return "default"
 
 
 def _in_cluster() -> Access:

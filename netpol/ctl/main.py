@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     cluster, output, node = _cluster_options(), _output_option(), _socket_option()
     _explain(commands, [cluster, node, output])
-    _matrix(commands, [cluster, output])
-    _render(commands, [cluster, output])
+    _matrix(commands, [cluster, node, output])
+    _render(commands, [cluster, node, output])
     _add(commands, "status", "the state of this node's agent", [node, output])
     cleanup = _add(
         commands, "cleanup", "remove all that is netpol's from this node", [node, output]

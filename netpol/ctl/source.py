@@ -1,4 +1,4 @@
-"""Where a command gets the cluster from: manifests (-f), or the API server.
+"""Where a command gets the cluster from: manifests (-f), or the API server (`api`).
 
 The agent's socket is asked for what only the node knows (kernel, status); facts of the whole cluster
 come from the API server, since an agent keeps no more than its rooms need.
@@ -53,7 +53,7 @@ def cluster(args: argparse.Namespace) -> Cluster:
         return offline(args.files, strict=args.strict)
     from netpol.ctl import api
 
-    return api.cluster(args.kubeconfig, context=args.context)
+    return api.cluster(api.source(args))
 
 
 def namespace(args: argparse.Namespace) -> str:
@@ -62,7 +62,7 @@ def namespace(args: argparse.Namespace) -> str:
         return args.namespace or "default"
     from netpol.ctl import kubeconfig
 
-    return kubeconfig.load(args.kubeconfig, context=args.context).namespace
+    return kubeconfig.default_namespace(args.kubeconfig, context=args.context)
 
 
 def offline(paths: list[str], *, strict: bool = False) -> Cluster:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from netpol.admin import client
-from netpol.ctl.output import emit, table
+from netpol.ctl.output import emit, plural, table
 from netpol.lib.errors import NoAnswerError
 
 
@@ -35,18 +35,9 @@ def text(status: dict[str, Any]) -> str:
         f"  generation {status.get('generation')}, applied {status.get('applied_generation')} "
         f"({applied}), netpol {status.get('version')}"
     )
-    rows = [
-        [
-            str(w.get("kind")),
-            "synced" if w.get("synced") else "not synced",
-            f"resourceVersion {w.get('resource_version') or 'none'}",
-            f"{w.get('errors', 0)} errors",
-        ]
-        for w in status.get("watches") or ()
-    ]
-    lines += table(rows, indent="  watch ")
+    lines += table([_watch(w) for w in status.get("watches") or ()], indent="  watch ")
     for name, room in (status.get("rooms") or {}).items():
-        counts = [f"{v} {k}" for k, v in room.items() if k != "errors"]
+        counts = [f"{k} {_value(v)}" for k, v in room.items() if k != "errors" and _says(v)]
         lines.append(f"  room {name}: {', '.join(counts) or 'nothing to count'}")
         lines += [f"    error: {e}" for e in room.get("errors") or ()]
     lines += [f"  error: {e}" for e in errors]
@@ -54,5 +45,30 @@ def text(status: dict[str, Any]) -> str:
         *("node", "version", "ready", "generation", "applied_generation", "in_sync"),
         *("applied_age_s", "watches", "rooms", "errors"),
     }
-    lines += [f"  {k}: {v}" for k, v in status.items() if k not in known]
+    lines += [f"  {k}: {_value(v)}" for k, v in status.items() if k not in known and _says(v)]
     return "\n".join(lines)
+
+
+def _watch(watch: dict[str, Any]) -> list[str]:
+    synced = "synced" if watch.get("synced") else "not synced"
+    if watch.get("last_error"):
+        synced += f", last error: {watch['last_error']}"
+    return [
+        str(watch.get("name") or watch.get("kind")),
+        f"at {watch.get('resource_version') or 'no version yet'}",
+        plural(int(watch.get("errors") or 0), "error"),
+        synced,
+    ]
+
+
+def _says(value: Any) -> bool:
+    """Whether there is anything to print: an empty value says nothing to people."""
+    return value is not None and value not in ("", [], {})
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_value(v)}" for k, v in value.items() if _says(v))
+    if isinstance(value, list):
+        return ", ".join(map(_value, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -16,19 +16,24 @@ from netpol.enforce.plan import (
     MAPS,
     Plan,
     SetChange,
+    Step,
     TableChange,
     assemble,
     garbage,
     set_changes,
 )
+from netpol.enforce.refusal import Refusals, withhold
 from netpol.kernel.drivers import (
     HookState,
     SetDriver,
     SetDump,
+    SetError,
     SetTransaction,
     TableDriver,
     TableDump,
+    TableError,
 )
+from netpol.lib.errors import KernelError
 from netpol.model.ids import ChainName, Direction, SetName
 from netpol.model.net import FAMILIES, Family, Prefix, family_of
 from netpol.model.ruleset import Chain, Member, Members, SetSpec
@@ -59,20 +64,50 @@ class KernelDump:
 
     sets: Mapping[SetName, SetDump]
     tables: Mapping[Family, TableDump]
+    # Sets under our prefix that are not what we make, and why.
+    strange: Mapping[SetName, str] = field(default_factory=dict)
 
 
 def dump_kernel(sets: SetDriver, tables: TableDriver) -> KernelDump:
     """Read everything of ours (blocking)."""
-    return KernelDump(sets.dump(), {f: tables.dump(TABLE, f) for f in FAMILIES})
+    found, strange = _dump_sets(sets)
+    return KernelDump(found, {f: tables.dump(TABLE, f) for f in FAMILIES}, strange)
+
+
+def _dump_sets(sets: SetDriver) -> tuple[dict[SetName, SetDump], dict[SetName, str]]:
+    try:
+        return sets.dump(), {}
+    except SetError:
+        found: dict[SetName, SetDump] = {}
+        strange: dict[SetName, str] = {}
+    for name in sets.headers():
+        try:
+            found |= sets.dump([name])
+        except SetError as e:
+            if name in MAPS:
+                raise  # nothing works without the class maps
+            strange[name] = str(e)
+    return found, strange
+
+
+class StepError(KernelError):
+    """A step of a plan was refused; the driver's error is the cause."""
+
+    def __init__(self, step: Step, error: KernelError) -> None:
+        super().__init__(str(error))
+        self.step, self.error = step, error
 
 
 def execute(plan: Plan, sets: SetDriver, tables: TableDriver) -> None:
-    """Apply a plan (blocking). Raises SetError or TableError; steps before it stay applied."""
+    """Apply a plan (blocking). Raises StepError; steps before it stay applied."""
     for step in plan.steps:
-        if isinstance(step, SetTransaction):
-            sets.apply(step)
-        else:
-            tables.apply(step)
+        try:
+            if isinstance(step, SetTransaction):
+                sets.apply(step)
+            else:
+                tables.apply(step)
+        except (SetError, TableError) as e:
+            raise StepError(step, e) from e
 
 
 @dataclass(slots=True)
@@ -101,6 +136,7 @@ class Dataplane:
         # a class in the middle of the change would be found by neither way.
         self._over: set[ClassKey] = set()
         self._extra_chains = False
+        self.refusals = Refusals()
 
     # -- everything -------------------------------------------------------------------------
 
@@ -115,6 +151,9 @@ class Dataplane:
         for pod in self.graph.local_pods.values():
             self._count(pod, 1)
         desired = render_graph(self.graph, self.options, self._numbers_of(used))
+        self.refusals.forget_changed(self.graph.active_policies)
+        self.refusals.blame_sets(dump.strange, self.graph.active_policies)
+        self._withhold(desired, dump)
         changes = set_changes(desired.sets, dump.sets)
         # An overflow set that left use is emptied: its class may come back to it, pod by pod.
         changes += [
@@ -129,13 +168,30 @@ class Dataplane:
             for m in change.add
             if m in dump.sets[change.spec.name].members
         }
+        tables = {f: self._table_change(desired, dump, f) for f in FAMILIES}
+        self._remember(desired, dump)
+        return assemble(sets=changes, tables=tables, moved=moved)
+
+    def _withhold(self, desired: Desired, dump: KernelDump) -> None:
+        """Adapt a rendered state to what is in the kernel and must stay for now."""
         for family in FAMILIES:
             # Leaves of a former agent stay until no map entry can lead to them.
             chains = {**desired.rulesets[family].chains, **self._trees(family)}
             desired.rulesets[family] = replace(desired.rulesets[family], chains=chains)
-        tables = {f: self._table_change(desired, dump, f) for f in FAMILIES}
-        self._remember(desired, dump)
-        return assemble(sets=changes, tables=tables, moved=moved)
+        if not self.refusals:
+            return
+        blocked = withhold(
+            desired,
+            self.refusals,
+            graph=self.graph,
+            sets=dump.sets,
+            tables=dump.tables,
+            options=self.options,
+        )
+        self.numbers.release(blocked)
+        for family in FAMILIES:
+            chains = {**desired.rulesets[family].chains, **self._trees(family)}
+            desired.rulesets[family] = replace(desired.rulesets[family], chains=chains)
 
     def _numbers_of(self, used: list[ClassKey]) -> dict[ClassKey, int]:
         return {k: self.numbers.used[k] for k in used if k in self.numbers.used}
@@ -354,7 +410,12 @@ class Dataplane:
     # -- garbage ----------------------------------------------------------------------------
 
     def collect(self) -> Plan:
-        """What removes everything that nothing leads to; records it as done."""
+        """What removes everything that nothing leads to; records it as done.
+
+        Not while a policy is refused: what it had last is still in use.
+        """
+        if self.refusals:
+            return Plan()
         self._extra_chains = False
         retired = [k for k, n in self._users.items() if not n]
         for key in retired:
@@ -414,6 +475,8 @@ class Dataplane:
         desired = render_graph(
             self.graph, self.options, self._numbers_of(classes_in_use(self.graph))
         )
+        if self.refusals:
+            self._withhold(desired, dump)
         for change in set_changes(desired.sets, dump.sets):
             what = "is gone" if change.create else f"has {len(change.delete)} members too many"
             missing = "" if change.create else f", {len(change.add)} missing"
@@ -424,6 +487,8 @@ class Dataplane:
     @property
     def has_garbage(self) -> bool:
         """Whether `collect` would find something."""
+        if self.refusals:
+            return False
         return bool(self._stale) or self._extra_chains or any(not n for n in self._users.values())
 
     def counts(self) -> dict[str, int]:

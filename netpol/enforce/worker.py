@@ -18,7 +18,7 @@ import structlog
 
 from netpol.aio.clock import Clock, SystemClock
 from netpol.aio.runner import BoundedRunner
-from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane, StepError, dump_kernel, execute
 from netpol.enforce.plan import Plan
 from netpol.kernel.drivers import SetDriver, TableDriver
 from netpol.lib.errors import NetpolError
@@ -33,6 +33,8 @@ FIRST_CHECK_S = 0.05
 LAST_CHECK_S = 3600.0
 #: Quiet time before garbage goes: what comes back within it costs nothing.
 GARBAGE_AFTER_S = 2.0
+#: A refused policy is tried again once the checks are this far apart.
+RETRY_REFUSED_S = 25.0
 
 
 @dataclass(slots=True)
@@ -66,8 +68,13 @@ class PolicyRoom:
         options: RenderOptions,
         clock: Clock | None = None,
         before_reconcile: Callable[[], RenderOptions] | None = None,
+        applied: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args: before_reconcile: gives the options anew (own addresses may have changed)."""
+        """Args: before_reconcile: gives the options anew (own addresses may have changed).
+
+        applied: told after every successful run.
+        """
+        self._tell_applied = applied
         self.dataplane = Dataplane(graph, options)
         self.status = RoomStatus()
         self.generation = 0
@@ -143,7 +150,8 @@ class PolicyRoom:
         async with self._lock:
             generation, told_at_s = self.generation, self._told_at_s
             self._told_at_s = None
-            if self._dirty:
+            # While something is refused, every run looks at everything: what is kept depends on it.
+            if self._dirty or self.dataplane.refusals:
                 await self._reconcile()
             else:
                 await self._changes()
@@ -154,15 +162,29 @@ class PolicyRoom:
         self.status.error = ""
         self._check_after_s = FIRST_CHECK_S
         self._wake.set()
+        self._tell_applied()
 
     async def _reconcile(self) -> None:
         self.status.reconciles += 1
         if self._options is not None:
             self.dataplane.options = self._options()
-        dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
-        self._graph.flush(together=True)
-        await self._execute(self.dataplane.reconcile(dump))
-        self._dirty = False
+        self._dirty = True
+        while True:
+            dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
+            self._graph.flush(together=True)
+            try:
+                await self._execute(self.dataplane.reconcile(dump))
+            except StepError as e:
+                active = self._graph.active_policies
+                # Each turn leaves a policy out that was not left out before, so this ends.
+                known = set(self.dataplane.refusals.policies)
+                blamed = self.dataplane.refusals.blame(e.error, e.step, active)
+                if not blamed or set(self.dataplane.refusals.policies) == known:
+                    raise
+                _log.error("policy refused", error=str(e))
+                continue
+            self._dirty = False
+            return
 
     async def _changes(self) -> None:
         # Pods first, then policies: see Graph.flush.
@@ -226,6 +248,10 @@ class PolicyRoom:
             await asyncio.gather(waiter, timer, return_exceptions=True)
 
     async def _look(self) -> None:
+        if self.dataplane.refusals and self._check_after_s >= RETRY_REFUSED_S:
+            self.dataplane.refusals.clear()
+            self.resync()
+            return
         if self.dataplane.has_garbage and self._check_after_s >= GARBAGE_AFTER_S / 2:
             await self._collect()
             return

@@ -249,8 +249,9 @@ class Informer(Generic[T]):
                 listing, token, version, limit = self._begin(), "", "", None
                 continue
             page = decode_list(self.kind, body)
-            version = version or page.resource_version
-            self._check_version(version)
+            if not version:
+                version = page.resource_version
+                self._check_version(version)
             for item in page.items:
                 listing.put(item)
                 self._misfits.read(item)

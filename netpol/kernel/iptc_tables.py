@@ -1,8 +1,8 @@
 """The TableDriver of hosts with legacy tables, in process, on python-iptables.
 
 For small edits (no program is started) and for reading chains and counters. A transaction is its text,
-line by line, on one libiptc handle, and one commit, so that it is as atomic as a restore. What
-python-iptables cannot build, and a dump that holds foreign rules, goes through iptables-legacy-*.
+line by line, on one libiptc handle, and one commit, so that it is as atomic as a restore. Bulk loads,
+what python-iptables cannot build, and a dump that holds foreign rules go through iptables-legacy-*.
 
 python-iptables 1.2.0 has traps, each dealt with here:
 
@@ -44,6 +44,8 @@ from netpol.model.ruleset import OWN_PREFIX, Hook, Jump, Rule
 
 T = TypeVar("T")
 
+#: Building a rule takes 0.1 ms, starting iptables-legacy-restore 2 ms: above this it is faster.
+IN_PROCESS_RULES_MAX = 20
 #: XT_LOCK_NAME of iptables.
 DEFAULT_LOCK_FILE = "/run/xtables.lock"
 _LOCK_POLL_S = 0.02
@@ -62,6 +64,7 @@ class IptcTables:
             namespace and lock.
         lock_file: the xtables lock; None takes $XTABLES_LOCKFILE or iptables' own.
         lock_wait_s: how long to wait for another holder of it.
+        in_process_rules_max: transactions with more rules than this go through the fallback.
 
     Raises:
         KernelMissingError: python-iptables or its libraries are not there.
@@ -75,8 +78,10 @@ class IptcTables:
         *,
         lock_file: str | None = None,
         lock_wait_s: int = LOCK_WAIT_S,
+        in_process_rules_max: int = IN_PROCESS_RULES_MAX,
     ) -> None:
         self._fallback = fallback
+        self._rules_max = in_process_rules_max
         self._lock_wait_s = lock_wait_s
         self._lock_file = lock_file
         #: How many transactions and dumps the fallback did.
@@ -103,6 +108,10 @@ class IptcTables:
     def apply(self, tx: TableTransaction) -> None:
         """See TableDriver."""
         lines = transaction_text(tx).splitlines()
+        if sum(len(rules) for rules in tx.replace.values()) > self._rules_max:
+            self.delegated += 1
+            self._fallback.apply(tx)
+            return
         try:
             self._run(lambda: self._apply(tx, lines))
         except CannotBuildError:

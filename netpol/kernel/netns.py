@@ -72,17 +72,36 @@ def enter(name_or_path: str) -> None:
 
 def in_netns(name_or_path: str, fn: Callable[[], T]) -> T:
     """Run a function in a thread inside a namespace and hand back what it returns or raises."""
+    return _in_thread(lambda: enter(name_or_path), fn)
+
+
+def in_new_netns(fn: Callable[[], T]) -> T:
+    """Run a function in a thread inside a namespace made for it.
+
+    The namespace has no name, and is gone when the thread, its sockets and its programs are.
+    """
+
+    def unshare() -> None:
+        if _libc.unshare(CLONE_NEWNET) != 0:
+            raise NoAnswerError(
+                "making a network namespace", needed="root", got=os.strerror(ctypes.get_errno())
+            )
+
+    return _in_thread(unshare, fn)
+
+
+def _in_thread(first: Callable[[], None], fn: Callable[[], T]) -> T:
     results: list[T] = []
     failures: list[BaseException] = []
 
     def body() -> None:
         try:
-            enter(name_or_path)
+            first()
             results.append(fn())
         except BaseException as e:  # noqa: BLE001 - handed to the caller below
             failures.append(e)
 
-    thread = threading.Thread(target=body, name=f"netns:{name_or_path}")
+    thread = threading.Thread(target=body, name="netpol-netns")
     thread.start()
     thread.join()
     if failures:

@@ -64,6 +64,8 @@ CT_STATES = ("INVALID", "NEW", "RELATED", "ESTABLISHED", "UNTRACKED", "SNAT", "D
 LIMIT_SCALE = 10_000
 #: What `limit` takes, and does not print, where no burst is given (XT_LIMIT_BURST).
 LIMIT_BURST_DEFAULT = 5
+#: Above, rate times burst may overflow in the kernel (xt_limit's user2credits).
+LIMIT_BURST_MAX = 10_000
 #: XT_MULTI_PORTS: ports of one multiport match; a span takes two.
 MULTIPORT_MAX = 15
 #: IFNAMSIZ - 1.
@@ -145,6 +147,8 @@ def rule_words(rule: Rule, family: Family) -> list[str]:
     words: list[str] = []
     protocol: Protocol | None = None
     seen: set[int] = set()
+    for match in rule.matches:
+        _check_before_rounding(match)
     for match in canonical(rule).matches:
         rank = _base_rank(match)
         if rank is not None:
@@ -190,6 +194,20 @@ def _check_text(text: str, most: int, what: str) -> None:
         raise ValueError(f"{what} has characters that are not printable: {text!r}")
 
 
+def _check_before_rounding(match: Match) -> None:
+    """Refuse what `canonical` would quietly turn into something else."""
+    if isinstance(match, CtState):
+        unknown = set(match.states) - set(CT_STATES)
+        if unknown or not match.states:
+            raise ValueError(f"no such conntrack state: {sorted(unknown)}")
+    if isinstance(match, Limit) and (
+        not 1 <= match.per_second <= LIMIT_SCALE or not 1 <= match.burst <= LIMIT_BURST_MAX
+    ):
+        raise ValueError(
+            f"not 1 to {LIMIT_SCALE} a second, bursts of 1 to {LIMIT_BURST_MAX}: {match}"
+        )
+
+
 def _match_words(match: Match, family: Family, protocol: Protocol | None) -> list[str]:
     match match:
         case NetMatch():
@@ -209,9 +227,6 @@ def _match_words(match: Match, family: Family, protocol: Protocol | None) -> lis
         case DstPorts():
             return _port_words(match, protocol)
         case CtState():
-            unknown = set(match.states) - set(CT_STATES)
-            if unknown or not match.states:
-                raise ValueError(f"no such conntrack state: {sorted(unknown)}")
             return ["-m", "conntrack", "--ctstate", ",".join(match.states)]
         case Icmpv6Type():
             return ["-m", "icmp6", "--icmpv6-type", str(match.number)]

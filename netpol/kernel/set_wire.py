@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from socket import AF_INET, AF_INET6
-from typing import cast
+from typing import NamedTuple, cast
 
 from netpol.kernel.netlink import (
     NLA_F_NESTED,
@@ -191,10 +191,39 @@ def decode_list(payload: memoryview, sets: dict[str, RawSet], *, mark_mask: int)
     if _DATA in fields:
         _decode_header(fields[_DATA], raw)
     decode = _DECODERS.get(raw.type_name)
-    if _ADT in fields and decode is not None:
-        for _, entry in attributes(fields[_ADT]):
-            values = dict(attributes(entry))
-            raw.members[decode(values)] = _mark(values, marks=raw.marks, mark_mask=mark_mask)
+    if _ADT not in fields or decode is None or _decode_alike(fields[_ADT], raw, mark_mask):
+        return
+    for _, entry in attributes(fields[_ADT]):
+        values = dict(attributes(entry))
+        raw.members[decode(values)] = _mark(values, marks=raw.marks, mark_mask=mark_mask)
+
+
+def _decode_alike(entries: memoryview, raw: RawSet, mark_mask: int) -> bool:
+    """Read entries that all have the one usual layout, four times as fast; False where one has not.
+
+    The bytes between the values are the attributes' headers, which say what the values are: an entry
+    counts as usual only where they equal what the encoder would write.
+    """
+    sample = _SAMPLES.get((raw.type_name, raw.family, raw.marks))
+    if sample is None or len(entries) % sample.layout.size:
+        return False
+    found: list[tuple[Member, int | None]] = []
+    head, tail = sample.head, sample.tail
+    for row in sample.layout.iter_unpack(entries):
+        if row[0] != head or (tail and row[3] != tail):
+            return False
+        if sample.is_address:
+            found.append((row[1], None))
+            continue
+        if row[2][:4] != _CIDR_HEAD:
+            return False
+        member = Prefix(row[1], row[2][4])
+        mark = None
+        if tail:
+            mark = row[4] if row[5] == mark_mask else FOREIGN_MARK
+        found.append((member, mark))
+    raw.members.update(found)
+    return True
 
 
 def _decode_header(data: memoryview, raw: RawSet) -> None:
@@ -253,6 +282,37 @@ def _decode_net_net(values: dict[int, memoryview]) -> Member:
         _prefix(values[_IP], values.get(_CIDR)), _prefix(values[_IP2], values.get(_CIDR2))
     )
 
+
+class _Sample(NamedTuple):
+    """The usual layout of a set's entries: headers, values, headers, values."""
+
+    layout: struct.Struct
+    head: bytes
+    tail: bytes
+    is_address: bool
+
+
+_CIDR_HEAD = _BYTE.pack(5, _CIDR, 0)[:4]
+
+
+def _samples() -> Iterator[tuple[tuple[str, Family | None, bool], _Sample]]:
+    for family in Family:
+        size = family.bits // 8
+        address = _address(_IP, bytes(size))[:-size]
+        for kind, rest, values in (
+            (SetKind.HASH_IP, 0, ""),
+            (SetKind.HASH_NET, 8, "5s3x"),
+        ):
+            for marks in (False, True) if kind is SetKind.HASH_NET else (False,):
+                total = 4 + len(address) + size + rest + (12 if marks else 0)
+                head = struct.pack("=HH", total, _DATA | NLA_F_NESTED) + address
+                tail = struct.pack("=HH", 12, _SKBMARK | NLA_F_NET_BYTEORDER) if marks else b""
+                text = f">{len(head)}s{size}s{values}{'4sII' if marks else ''}"
+                sample = _Sample(struct.Struct(text), head, tail, not values)
+                yield (str(kind), family, marks), sample
+
+
+_SAMPLES = dict(_samples())
 
 _DECODERS: dict[str, Callable[[dict[int, memoryview]], Member]] = {
     SetKind.HASH_IP: _decode_ip,

@@ -15,7 +15,11 @@ from netpol.lib.errors import KernelMissingError
 
 _HINTS = (":KUBE-IPTABLES-HINT ", ":KUBE-KUBELET-CANARY ")
 #: The kernel's list of legacy tables; reading a table that is not in it would create it.
-_LEGACY_TABLES = (Path("/proc/net/ip_tables_names"), Path("/proc/net/ip6_tables_names"))
+#: "thread-self", since "/proc/net" is the namespace of the process's first thread.
+_LEGACY_TABLES = (
+    Path("/proc/thread-self/net/ip_tables_names"),
+    Path("/proc/thread-self/net/ip6_tables_names"),
+)
 
 
 def detect() -> Variant:

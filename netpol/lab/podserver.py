@@ -27,6 +27,9 @@ from netpol.model.net import FAMILIES
 #: Lines that `log` keeps of a pod, and that a follower may lag behind.
 LOG_LINES = 1000
 
+#: Files that hundreds of pods and their clients may need; many systems start with 1,024.
+WANTED_FILES = 65536
+
 #: A port to serve: protocol and number.
 Port = tuple[Protocol, int]
 
@@ -78,6 +81,7 @@ class PodServers:
         self._pods: dict[ObjectKey, _Pod] = {}
         self._sctp: dict[_NetnsId, _SctpSite] = {}
         self._answers: Counter[bytes] = Counter()
+        netsock.raise_file_limit(WANTED_FILES)
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="lab-netns")
 
     async def add(

@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from netpol.kernel import netns
 from netpol.lab import neighbours, netsock
-from netpol.lab.probewire import Shot, Source, Wires
+from netpol.lab.probesource import Source
+from netpol.lab.probewire import Shot, Wires
 from netpol.lib.errors import KernelError
 from netpol.model.flow import Verdict
 from netpol.model.ids import Protocol

@@ -1,6 +1,6 @@
-"""The sockets of a probe: those that ask (per source) and those that bear witness (per destination).
+"""The sockets of a probe: reading every kind of answer, and the witnesses at the destinations.
 
-Owns sending one packet of each protocol and reading every kind of answer. A witness is a raw socket in a
+Owns all open sockets of a run; `probesource` makes those that ask. A witness is a raw socket in a
 destination's namespace that answers this run's UDP datagrams and SCTP INITs (known by a token), whether
 or not a server sits on the port: the kernel limits its own ICMP errors to a few a second, and knows no
 SCTP. The sockets that ask get ICMP errors with type and sender, so a refusal on the way is told apart.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import secrets
 import select
 import socket
@@ -22,7 +21,7 @@ from functools import lru_cache
 from netpol.lab import icmperr, netsock, sctp
 from netpol.model.flow import Verdict
 from netpol.model.ids import Protocol
-from netpol.model.net import Family, family_of, parse_address
+from netpol.model.net import Family, parse_address
 
 _UDP_HEADER = struct.Struct("!HHHH")
 #: linux/in6.h: let the kernel fill in the checksum at this offset of what a raw socket sends.
@@ -32,11 +31,10 @@ _WITNESS_ANSWER = b"netpol-probe-seen"
 #: struct linger: on, 0 s: close with a reset, so that no TIME_WAIT keeps the port.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 #: Errors of sending that say something about the machine, not about policy.
-_FAULTS = frozenset(
+FAULTS = frozenset(
     {errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOBUFS, errno.EMFILE}
 )
 _READS = 4096
-_BIND_TRIES = 20
 
 
 @dataclass(slots=True, eq=False)
@@ -62,7 +60,7 @@ class TcpFlight:
 
 
 @dataclass(slots=True, eq=False)
-class _Datagrams:
+class Datagrams:
     """A UDP socket of one source in one round, and whom it asked."""
 
     sock: socket.socket
@@ -79,7 +77,7 @@ class _Witness:
 
 
 @dataclass(slots=True, eq=False)
-class _SctpAsker:
+class SctpAsker:
     """A raw SCTP socket of one source in one round: its port and whom it asked."""
 
     sock: socket.socket
@@ -87,7 +85,7 @@ class _SctpAsker:
     asked: dict[tuple[str, int], Shot] = field(default_factory=dict)
 
 
-_Wire = TcpFlight | _Datagrams | _Witness | _SctpAsker
+_Wire = TcpFlight | Datagrams | _Witness | SctpAsker
 
 #: Address text as recvfrom() reports it, to packed.
 _packed: Callable[[str], bytes] = lru_cache(maxsize=65536)(parse_address)
@@ -133,9 +131,9 @@ class Wires:
         match wire:
             case TcpFlight():
                 yield from self._read_tcp(wire)
-            case _Datagrams():
+            case Datagrams():
                 yield from self._read_udp(wire)
-            case _SctpAsker():
+            case SctpAsker():
                 yield from self._read_sctp(wire)
             case _Witness():
                 self._testify(wire)
@@ -156,14 +154,14 @@ class Wires:
             verdict = icmperr.judge(error[0], protocol=shot.protocol, destination=shot.address)
         else:
             verdict = None
-            if code in _FAULTS:
+            if code in FAULTS:
                 self.faults.add((shot.source, shot.text, code))
         self.drop(flight)
         if verdict is not None and shot.verdict is None:
             shot.verdict = verdict
             yield shot
 
-    def _read_udp(self, wire: _Datagrams) -> Iterator[Shot]:
+    def _read_udp(self, wire: Datagrams) -> Iterator[Shot]:
         for _ in range(_READS):
             try:
                 _, address = wire.sock.recvfrom(512)
@@ -179,7 +177,7 @@ class Wires:
             icmp, _, target = error
             yield from _blame(icmp, wire.asked.get(target))
 
-    def _read_sctp(self, wire: _SctpAsker) -> Iterator[Shot]:
+    def _read_sctp(self, wire: SctpAsker) -> Iterator[Shot]:
         v4 = wire.sock.family is socket.AF_INET
         for _ in range(_READS):
             try:
@@ -268,119 +266,6 @@ class Wires:
         for wire in tuple(self._wires.values()):
             self.drop(wire)
         self.epoll.close()
-
-
-class Source:
-    """Sends one round's packets of one source, from the namespace that the thread is in.
-
-    Each protocol and family uses one source port for the round, new every time.
-    """
-
-    def __init__(
-        self, *, wires: Wires, addresses: dict[Family, bytes], take_port: Callable[[], int]
-    ) -> None:
-        self._wires, self._addresses, self._take_port = wires, addresses, take_port
-        self._tcp_ports: dict[Family, int] = {}
-        self._udp: dict[Family, _Datagrams] = {}
-        self._sctp: dict[Family, _SctpAsker] = {}
-
-    def send(self, shot: Shot, now: float) -> None:
-        """Send one packet; what the machine refuses is noted and counts as silence."""
-        shot.sent_at = now
-        self._wires.packets += 1
-        family = family_of(shot.address)
-        try:
-            match shot.protocol:
-                case Protocol.UDP:
-                    self._send_udp(shot, family)
-                case Protocol.SCTP:
-                    self._send_sctp(shot, family)
-                case _:
-                    self._send_tcp(shot, family)
-        except OSError as e:
-            if e.errno in _FAULTS:
-                self._wires.faults.add((shot.source, shot.text, e.errno or 0))
-
-    def _send_tcp(self, shot: Shot, family: Family) -> None:
-        sock = socket.socket(netsock.ip_family(family), socket.SOCK_STREAM)
-        flight = TcpFlight(sock, shot)
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            netsock.ask_errors(sock)
-            self._tcp_ports[family] = self._bind(sock, family, self._tcp_ports.get(family))
-            code = sock.connect_ex((shot.text, shot.port))
-        except OSError:
-            sock.close()
-            raise
-        if code == errno.EINPROGRESS:
-            self._wires.add(flight, select.EPOLLOUT)
-        else:
-            for _ in self._wires.tcp_done(flight, code):
-                continue  # answered within the call: nothing is waiting for it
-
-    def _send_udp(self, shot: Shot, family: Family) -> None:
-        wire = self._udp.get(family)
-        if wire is None:
-            sock = socket.socket(netsock.ip_family(family), socket.SOCK_DGRAM)
-            sock.setblocking(False)
-            netsock.big_buffer(sock)
-            netsock.ask_errors(sock)
-            self._bind(sock, family, None)
-            wire = self._udp[family] = _Datagrams(sock)
-            self._wires.add(wire, select.EPOLLIN)
-        wire.asked[shot.text, shot.port] = shot
-        _send_past_errors(wire.sock, self._wires.token, (shot.text, shot.port))
-
-    def _send_sctp(self, shot: Shot, family: Family) -> None:
-        wire = self._sctp.get(family)
-        if wire is None:
-            sock = netsock.raw_sctp(family)
-            netsock.ask_errors(sock)
-            if (own := self._addresses.get(family)) is not None:
-                sock.bind((socket.inet_ntop(netsock.ip_family(family), own), 0))
-            wire = self._sctp[family] = _SctpAsker(sock, self._take_port())
-            self._wires.add(wire, select.EPOLLIN)
-        wire.asked[shot.text, shot.port] = shot
-        init = sctp.build_init(sport=wire.sport, dport=shot.port, initiate_tag=self._wires.tag)
-        _send_past_errors(wire.sock, init, (shot.text, 0))
-
-    def _bind(self, sock: socket.socket, family: Family, port: int | None) -> int:
-        """Bind to the source's own address and to `port`, or to a new one if that is None or taken."""
-        own = self._addresses.get(family)
-        host = socket.inet_ntop(netsock.ip_family(family), own) if own is not None else ""
-        for _ in range(_BIND_TRIES):
-            port = port if port is not None else self._take_port()
-            try:
-                sock.bind((host, port))
-            except OSError as e:
-                if e.errno != errno.EADDRINUSE:
-                    raise
-                port = None
-            else:
-                return port
-        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-
-
-def _send_past_errors(sock: socket.socket, data: bytes, target: tuple[str, int]) -> None:
-    """Send; an ICMP error about an earlier packet fails the next call once, and is not ours.
-
-    The error stays in the queue, where the reader finds it.
-    """
-    for _ in range(8):
-        try:
-            sock.sendto(data, target)
-        except OSError as e:
-            if e.errno not in (
-                errno.ECONNREFUSED,
-                errno.EHOSTUNREACH,
-                errno.EACCES,
-                errno.EPROTO,
-                errno.ENOPROTOOPT,
-            ):
-                raise
-        else:
-            return
 
 
 def _next_error(

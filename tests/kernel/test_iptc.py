@@ -42,7 +42,7 @@ def restore(space: str) -> RestoreTables:
 
 @pytest.fixture
 def tables(space: str, restore: RestoreTables) -> Iterator[IptcTables]:
-    driver = in_netns(space, lambda: IptcTables(restore, lock_wait_s=1))
+    driver = in_netns(space, lambda: IptcTables(restore, lock_wait_s=1, in_process_rules_max=1000))
     yield driver
     driver.close()
 
@@ -216,3 +216,13 @@ def test_two_drivers_of_one_process_keep_to_their_namespaces(
         other.close()
     finally:
         netns.delete(second)
+
+
+def test_bulk_loads_go_through_restore(space: str, restore: RestoreTables) -> None:
+    tables = in_netns(space, lambda: IptcTables(restore, in_process_rules_max=5))
+    tables.apply(put(KNP_A=(Rule(Drop()),) * 5))
+    assert tables.delegated == 0
+    tables.apply(put(KNP_A=(Rule(Drop()),) * 5, KNP_B=(Rule(Drop()),)))
+    assert tables.delegated == 1
+    assert len(tables.dump("mangle", Family.V4).chains) == 2
+    tables.close()

@@ -69,7 +69,8 @@ def test_a_refusal_with_an_icmp_error_on_the_way_is_a_deny(bridge, family, targe
     limits = ("net.ipv4.icmp_ratelimit=0", "net.ipv6.icmp.ratelimit=0")
     run("ip", "netns", "exec", bridge.node, "sysctl", "-qw", *limits)
     reject = f"-A FORWARD -d {bridge.texts(1)[family == 6]} -j {target}"
-    bridge.rules("nft", family, f"{OPEN}\n{ESTABLISHED}\n{reject}")
+    discovery = "-A FORWARD -p ipv6-icmp -j ACCEPT" if family == 6 else ""
+    bridge.rules("nft", family, f"{OPEN}\n{ESTABLISHED}\n{discovery}\n{reject}")
     result = run_probe(pods=bridge.ends, ports=PORTS, family=Family(family))
     assert verdicts(result) == DENY
     assert verdicts(result, dst="t/p2") == ALLOW

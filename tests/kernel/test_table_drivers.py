@@ -23,7 +23,8 @@ MAKERS: dict[str, Callable[[str], TableDriver]] = {
     "restore-nft": _restore(Variant.NFT),
     "restore-legacy": _restore(Variant.LEGACY),
     "iptc": lambda space: in_netns(
-        space, lambda: IptcTables(RestoreTables(Variant.LEGACY, netns=space))
+        space,
+        lambda: IptcTables(RestoreTables(Variant.LEGACY, netns=space), in_process_rules_max=1000),
     ),
 }
 

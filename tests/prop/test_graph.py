@@ -189,22 +189,43 @@ def test_order_of_events_does_not_matter(data: st.DataObject, start: make.World)
     live.check()
 
 
-@pytest.mark.parametrize("first", ["k", "l"])
-@pytest.mark.parametrize("second", ["k", "l"])
-def test_a_label_that_no_index_is_anchored_on(first: str, second: str):
-    """A selector of two terms is found whichever of its labels changes, and whichever it is filed under."""
-    peer = make.pods(k="1", l="1")
-    pod = make.pod("a/p", ip="10.0.1.2", k="1", l="1")
+@given(st.data(), st.lists(worlds.peers(), min_size=2, max_size=5))
+def test_labels_churn(data: st.DataObject, peers: list[Json]):
+    """Standing rules, the same pods, and labels that change all the time."""
+    policy = make.policy("a/pol", make.selector(role="web"), ingress=[make.ingress(*peers)])
+    subject = make.pod("a/web", ip="10.0.1.9", role="web")
+    pods = [make.pod(f"{home}/p", ip=f"10.0.1.{n}") for n, home in enumerate("abc", 2)]
+    spaces = [make.namespace(n) for n in worlds.NAMESPACES]
+    live = Live(make.world(*spaces, subject, *pods, policy), "n1")
+    live.check()
+    for _ in range(data.draw(st.integers(4, 16))):
+        if data.draw(st.integers(0, 4)) == 0:
+            live.put(data.draw(worlds.namespaces(data.draw(worlds.one(worlds.NAMESPACES)))))
+        else:
+            old = data.draw(worlds.one(pods))
+            have = data.draw(worlds.labels)
+            live.put({**old, "metadata": {**old["metadata"], "labels": have}})
+        live.mirror.flush()
+    live.check()
+
+
+@pytest.mark.parametrize("demanded", [("k",), ("l",), ("m",), ("k", "l"), ("l", "m"), ("k", "m")])
+@pytest.mark.parametrize("first", ["k", "l", "m"])
+@pytest.mark.parametrize("second", ["k", "l", "m"])
+def test_a_label_that_no_index_is_anchored_on(demanded: tuple[str, ...], first: str, second: str):
+    """A selector is found whichever of a pod's labels changes, and whichever it is filed under."""
+    peer = make.pods(**dict.fromkeys(demanded, "1"))
+    pod = make.pod("a/p", ip="10.0.1.2", k="1", l="1", m="1")
     subject = make.pod("a/web", ip="10.0.1.3", role="web")
     policy = make.policy("a/pol", make.selector(role="web"), ingress=[make.ingress(peer)])
     live = Live(make.world(make.namespace("a"), pod, subject, policy), "n1")
     live.check()
     assert [len(s) for s in live.mirror.sets.values()] == [1]
     for key in (first, second):
-        labels = {k: "1" for k in ("k", "l") if k != key}
+        labels = {k: "1" for k in ("k", "l", "m") if k != key}
         live.put({**pod, "metadata": {**pod["metadata"], "labels": labels}})
         live.check()
-        assert [len(s) for s in live.mirror.sets.values()] == [0]
+        assert [len(s) for s in live.mirror.sets.values()] == [0 if key in demanded else 1]
         live.put(pod)
         live.check()
         assert [len(s) for s in live.mirror.sets.values()] == [1]

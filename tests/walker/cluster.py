@@ -201,12 +201,20 @@ class Cluster:
             raise WalkError(f"{flow.src} to {flow.dst} passes no node")
         seen: list[tuple[Hop, Walk]] = []
         for hop in hops:
-            packet = replace(
-                self.packet(flow, **fields), iif=hop.iif, oif=hop.oif, local=self._local[hop.node]
-            )
-            table = self._tables[hop.node, flow.family]
-            walk = table.walk(hop.hook, packet, field_mask=self.field_mask)
+            walk = self._at(hop, flow, fields)
             seen.append((hop, walk))
             if not walk.passed:
                 return Outcome(passed=False, hops=tuple(seen))
         return Outcome(passed=True, hops=tuple(seen))
+
+    def walk_at(self, node: str, flow: Flow, **fields: Any) -> Walk:
+        """Send a packet through the hook of one node on its way, whatever others say."""
+        (hop,) = [h for h in self.hops(flow) if h.node == node]
+        return self._at(hop, flow, fields)
+
+    def _at(self, hop: Hop, flow: Flow, fields: dict[str, Any]) -> Walk:
+        packet = replace(
+            self.packet(flow, **fields), iif=hop.iif, oif=hop.oif, local=self._local[hop.node]
+        )
+        table = self._tables[hop.node, flow.family]
+        return table.walk(hop.hook, packet, field_mask=self.field_mask)

@@ -1,5 +1,6 @@
 """The cluster by the API server: a real HTTP server, paged, with and without credentials."""
 
+import asyncio
 import base64
 import json
 import threading
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from netpol.admin import relay
+from netpol.admin.server import AdminServer
 from netpol.ctl import api, kubeconfig
 from netpol.ctl.main import main
+from netpol.k8s.decode import KINDS
 from netpol.k8s.errors import ApiError
 from netpol.lib.errors import InputError, NoAnswerError
 
@@ -52,6 +56,10 @@ OBJECTS = {
     ],
 }
 PAGE = 2
+
+
+def direct(config):
+    return api.Direct(kubeconfig.named(config))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -104,7 +112,7 @@ users: [{{name: u, user: {{token: secret}}}}]
 
 
 def test_everything_is_listed_page_by_page(server, config, capsys):
-    found = api.cluster(config)
+    found = api.cluster(direct(config))
     assert sorted(p.name for p in found.world.pods) == ["p1", "p2", "p3", "p4", "p5"]
     assert found.node_names == ("n1",)
     assert [str(k) for k in found.external_ips.values()] == ["shop/s"]
@@ -132,14 +140,14 @@ def test_a_refusal_is_one_line(server, config, capsys):
 def test_what_is_no_api_server_is_said(server, config):
     server.sane = False
     with pytest.raises(ApiError):
-        api.cluster(config)
+        api.cluster(direct(config))
 
 
 def test_nobody_there_is_said(config, server, tmp_path):
     text = (tmp_path / "config").read_text().replace(str(server.server_port), "1")
     (tmp_path / "config").write_text(text)
     with pytest.raises(ApiError, match="no answer"):
-        api.cluster(config)
+        api.cluster(direct(config))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def test_a_kubeconfig_that_cannot_be_used_is_bad_input(config, old, new, needle)
     text = Path(config).read_text()
     Path(config).write_text(text.replace(old, new))
     with pytest.raises(InputError, match=needle):
-        kubeconfig.load(config)
+        kubeconfig.named(config)
 
 
 def test_basic_tokens_files_and_plugins(tmp_path, config):
@@ -171,26 +179,67 @@ def test_basic_tokens_files_and_plugins(tmp_path, config):
     }
     for user, header in wanted.items():
         (tmp_path / "config").write_text(text.replace("token: secret", user))
-        assert kubeconfig.load(config).headers == {"Authorization": header}
+        assert kubeconfig.named(config).headers == {"Authorization": header}
 
 
 def test_a_plugin_that_fails_is_said(tmp_path, config):
     text = Path(config).read_text()
     (tmp_path / "config").write_text(text.replace("token: secret", "exec: {command: /nonexistent}"))
     with pytest.raises(NoAnswerError, match="credential plugin"):
-        kubeconfig.load(config)
+        kubeconfig.named(config)
 
 
 def test_kubeconfig_of_the_environment_may_be_several_files(monkeypatch, tmp_path, config):
     other = tmp_path / "other"
     other.write_text("current-context: here\ncontexts: []\n")
     monkeypatch.setenv("KUBECONFIG", f"/nonexistent:{other}:{config}")
-    assert kubeconfig.load(None).namespace == "shop"
+    assert kubeconfig.named(None).namespace == "shop"
 
 
 def test_nothing_names_a_cluster(monkeypatch, tmp_path):
     monkeypatch.delenv("KUBECONFIG", raising=False)
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    assert kubeconfig.named(None) is None
     with pytest.raises(NoAnswerError, match="no cluster to ask"):
-        kubeconfig.load(None)
+        kubeconfig.found()
+    assert kubeconfig.default_namespace(None) == "default"
+
+
+def test_the_agent_of_the_node_lends_its_connection(server, config, tmp_path, capsys, monkeypatch):
+    """Through the socket: the handler of the agent, the pages of the server, the command."""
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    path = str(tmp_path / "agent.sock")
+
+    class Connection:
+        async def get(self, path, **query):
+            kind = next(k for k in KINDS.values() if k.path() == path)
+            return await asyncio.to_thread(direct(config).page, kind, query["continue"])
+
+    async def serve():
+        async with asyncio.timeout(20):
+            handler = relay.list_handler(Connection)
+            agent = AdminServer(path, {"list": handler})
+            await agent.start()
+            try:
+                return await asyncio.to_thread(main, ["matrix", "--socket", path, "-o", "json"])
+            finally:
+                await agent.close()
+
+    assert asyncio.run(serve()) == 0
+    assert len(json.loads(capsys.readouterr().out)["pods"]) == 5
+
+
+@pytest.mark.parametrize("args", [{}, {"kind": "Secret"}, {"kind": "Pod", "continue": 1}])
+async def test_the_agent_lists_nothing_but_the_kinds_that_netpol_reads(args):
+    class Connection:
+        async def get(self, path, **query):
+            raise AssertionError(path, query)
+
+    with pytest.raises(InputError):
+        await relay.list_handler(Connection)(args)
+
+
+async def test_an_agent_without_a_connection_says_so():
+    with pytest.raises(NoAnswerError, match="no connection to the API server yet"):
+        await relay.list_handler(lambda: None)({"kind": "Pod"})

@@ -105,7 +105,7 @@ def test_without_a_cluster_it_says_what_is_needed(tmp_path):
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     done = ctl("matrix", env=env)
     assert done.returncode == 3
-    assert "-f MANIFESTS, --kubeconfig FILE or KUBECONFIG" in done.stderr
+    assert "-f MANIFESTS, an agent on this node, --kubeconfig FILE or KUBECONFIG" in done.stderr
 
 
 def test_kubectl_finds_the_plugin_and_it_knows_its_name(tmp_path):

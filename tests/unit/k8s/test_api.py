@@ -144,7 +144,7 @@ async def test_a_watch_yields_chunks_and_is_closed_when_left(echo):
     async with Api.for_server(echo.url) as api:
         async with api.watch("/w", timeout_s=300.4, resourceVersion="7") as chunks:
             assert (await anext(chunks)).startswith(b"x\n")
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(20):
             await left.wait()
         with pytest.raises(ApiError, match="410"):
             async with api.watch("/w", timeout_s=1.0):

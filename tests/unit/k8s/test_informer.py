@@ -46,7 +46,7 @@ async def informing(server, *, options=QUICK, selection=None, clock=None, **api)
             assert task.cancelled()
 
 
-async def until(condition, *, timeout_s=5.0):
+async def until(condition, *, timeout_s=20.0):
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - whatever the condition is about
             await asyncio.sleep(0.002)
@@ -303,6 +303,7 @@ async def test_a_list_from_a_server_that_lags_is_refused_once_then_believed(serv
         server.drop_all()
         await until(lambda: "older than" in informer.last_error)
         server.lag = 0
+        await until(lambda: informer.status().resource_version and server.open)
         await converged(informer, server)
         # And now a restored etcd: everything, numbers too, is as it was long ago.
         server.watch_faults.append("410")

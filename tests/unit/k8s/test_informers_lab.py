@@ -37,7 +37,7 @@ def fill(server):
 
 
 async def until(condition):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - whatever the condition is about
             await asyncio.sleep(0.005)
 
@@ -52,7 +52,7 @@ async def test_every_kind_is_listed_followed_and_survives_compaction(watch_list)
             for kind in KINDS.values():
                 watches.start(kind)
             local = watches.start(POD, name="local", selection=pods_on("n1"))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await watches.wait_synced()
             held = {s.name: s.objects for s in watches.status()}
             assert held["pods"] == 2

@@ -21,6 +21,13 @@ KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shut
 TIMEOUT_S = 30
 
 
+async def connections_closed():
+    """Wait until the loop watches no socket but its own, so that none is left to the collector."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while len(asyncio.get_running_loop()._selector.get_map()) > 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 @dataclass
 class Answer:
     status: int
@@ -70,6 +77,7 @@ class Client:
 async def server() -> AsyncIterator[ApiServer]:
     async with ApiServer(bookmark_s=0.1) as found:
         yield found
+    await connections_closed()
 
 
 @pytest.fixture
@@ -152,7 +160,7 @@ class Kubectl:
 
     def stop(self):
         self.on_loop(self.server.stop())
-        self.on_loop(asyncio.sleep(0.1))  # for connections that still say goodbye
+        self.on_loop(connections_closed())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(TIMEOUT_S)
         self.loop.close()

@@ -10,7 +10,7 @@ import pytest
 from netpol.lab.apiserver import ADMIN, ApiError, ApiServer, Store, User, cells, protobuf, rbac
 from netpol.lab.apiserver.auth import service_account
 from netpol.lab.apiserver.exec import CLOSE, ERROR, RESIZE, STDERR, STDIN, STDOUT
-from tests.unit.lab.apiserver.conftest import local_process, three_lines
+from tests.unit.lab.apiserver.conftest import connections_closed, local_process, three_lines
 from tests.unit.lab.apiserver.helpers import pod
 
 
@@ -124,6 +124,7 @@ async def test_tls_is_trusted_by_its_own_ca_and_by_nobody_else():
                 assert (await response.json())["major"] == "1"
         with pytest.raises(aiohttp.ClientConnectorCertificateError):
             await session.get(f"{server.url}/version")
+    await connections_closed()  # the server has to see the end of the broken handshake
 
 
 @pytest.mark.parametrize("body", [b"", b"k8s\x00\xff", b"k8s\x00\x0a\x7f", b"other"])

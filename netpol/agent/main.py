@@ -11,29 +11,28 @@ lock, hold (fresh node), caches in sync, first apply, ready.
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import structlog
-from prometheus_client.core import Metric
 
 from netpol import __version__, config
-from netpol.admin.health import HealthServer, counter, gauge
+from netpol.admin.health import HealthServer
+from netpol.admin.relay import list_handler
 from netpol.admin.server import AdminServer
+from netpol.agent.report import Report
 from netpol.aio.clock import SystemClock
 from netpol.aio.tasks import TaskSet
 from netpol.audit.attribute import Attributor
-from netpol.audit.record import encode_line
 from netpol.audit.sink import LineSink
 from netpol.audit.worker import AuditWorker
 from netpol.config import Settings
 from netpol.enforce.feed import Feed
-from netpol.enforce.live import live_view
 from netpol.enforce.node import NodeFacts
 from netpol.enforce.view import WorldView
 from netpol.enforce.worker import PolicyRoom
@@ -47,7 +46,6 @@ from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
 from netpol.kernel.variant import detect
 from netpol.lib.errors import InputError, NetpolError, NoAnswerError
-from netpol.model.ids import ObjectKey
 from netpol.policy.graph import Graph
 
 _log = structlog.get_logger("netpol")
@@ -112,7 +110,6 @@ class Agent:
         self.settings = settings
         self._clock = SystemClock()
         self._tasks = TaskSet(on_death=self._task_died)
-        self._fatal = ""
         self.graph = Graph(settings.node)
         if settings.xtables_lockfile:
             os.environ["XTABLES_LOCKFILE"] = settings.xtables_lockfile
@@ -127,16 +124,13 @@ class Agent:
             options=self._facts.options(),
             clock=self._clock,
             before_reconcile=self._facts.options,
+            applied=self._applied,
         )
         self.feed = Feed(self.graph, self.room.changed)
-        self._health: HealthServer | None = None
-        self._admin = AdminServer(
-            settings.admin_socket,
-            {"status": self._status_op, "explain": self._explain_op, "drops": self._drops_op},
-        )
         self._api: Api | None = None
         self._watches: informers.InformerSet | None = None
         self._peers_since_s = 0.0
+        self._peers_wake = asyncio.Event()
         self._view = WorldView(
             namespaces=lambda: self._objects("namespaces"),
             pods=lambda: [*self._objects(_CLUSTER_PODS), *self._objects(_LOCAL_PODS)],
@@ -145,10 +139,33 @@ class Agent:
             generation=lambda: self.room.generation,
             clock=self._clock,
         )
-        self._audit: AuditWorker | None = None
-        self._audit_fault = ""
         self._nflog: NflogReader | None = None
         self._sink: LineSink | None = None
+        self._health: HealthServer | None = None
+        self.report = Report(
+            node=settings.node,
+            clock=self._clock,
+            room=self.room,
+            feed=self.feed,
+            facts=self._facts,
+            sets=self._sets,
+            tables=self._tables,
+            watches=lambda: self._watches.status() if self._watches else (),
+            lacks_peers=self._lacks_peers,
+        )
+        self._admin = AdminServer(
+            settings.admin_socket,
+            {
+                "status": self.report.status_op,
+                "explain": self.report.explain_op,
+                "drops": self.report.drops_op,
+                "list": list_handler(lambda: self._api),
+            },
+        )
+
+    def _applied(self) -> None:
+        """Something was applied: whether the cluster's pods are needed may have changed."""
+        self._peers_wake.set()
 
     def _objects(self, watch: str) -> list[Any]:
         informer = self._watches.get(watch) if self._watches else None
@@ -161,7 +178,9 @@ class Agent:
         await self._admin.start()  # first: a second agent of the node ends here
         self._facts.prepare()
         if self.settings.health_addr:
-            self._health = HealthServer(alive=self._alive, ready=self._ready, metrics=self._metrics)
+            self._health = HealthServer(
+                alive=self.report.alive, ready=self.report.ready, metrics=self.report.metrics
+            )
             host, _, port = self.settings.health_addr.rpartition(":")
             await self._health.start(host.strip("[]"), int(port))
         _log.info(
@@ -185,10 +204,10 @@ class Agent:
             self._nflog = nflog = NflogReader(self.settings.nflog_group)
             self._sink = LineSink(path)
         except (NetpolError, OSError) as e:
-            self._audit_fault = f"audit: {e}"
+            self.report.audit_fault = f"audit: {e}"
             _log.error("no audit log", error=str(e))
             return
-        self._audit = AuditWorker(
+        self.report.audit = worker = AuditWorker(
             node=self.settings.node,
             attributor=Attributor(
                 party=self._view.party,
@@ -200,7 +219,7 @@ class Agent:
             interface_name=interface_name,
         )
         nflog.start()
-        self._tasks.spawn("audit", self._audit.run(nflog.batches()))
+        self._tasks.spawn("audit", worker.run(nflog.batches()))
 
     async def _connect(self) -> Api:
         s = self.settings
@@ -239,7 +258,10 @@ class Agent:
         self.room.start()
         _log.info("caches in sync", watches=[w.name for w in watches.status()])
         while True:
-            await self._clock.sleep(1.0)
+            # Woken by every apply; now and then without one, to end a watch that lingers.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._peers_wake.wait(), PEERS_LINGER_S)
+            self._peers_wake.clear()
             await self._mind_peers(wait=False)
 
     async def _mind_peers(self, *, wait: bool) -> None:
@@ -284,137 +306,4 @@ class Agent:
         self.room.close()
 
     def _task_died(self, name: str, error: BaseException | None) -> None:
-        self._fatal = f"task {name} died: {error}"
-
-    # -- what it shows ----------------------------------------------------------------------
-
-    def _alive(self) -> str | None:
-        return self._fatal or None
-
-    def _ready(self) -> str | None:
-        if self._fatal:
-            return self._fatal
-        if self.room.status.error:
-            return f"policy: {self.room.status.error}"
-        if not self.room.ready:
-            waiting = (
-                [w.name for w in self._watches.status() if not w.synced] if self._watches else []
-            )
-            return f"not in sync yet: {', '.join(waiting) or 'first apply'}"
-        return None
-
-    def status(self) -> dict[str, Any]:
-        """The document of `netpol-ctl status`."""
-        room = self.room.status
-        applied = room.applied_at_s
-        errors = [
-            e for e in (self._fatal, room.error, self._audit_fault, *self._facts.faults()) if e
-        ]
-        counts = self.room.dataplane.counts()
-        return {
-            "node": self.settings.node,
-            "version": __version__,
-            "ready": self._ready() is None,
-            "generation": self.room.generation,
-            "applied_generation": room.applied_generation,
-            "in_sync": self.room.in_sync and not self._lacks_peers(),
-            "applied_age_s": None if applied is None else self._clock.monotonic() - applied,
-            "iptables": self._tables.variant.value,
-            "watches": [
-                {
-                    "name": w.name,
-                    "kind": w.kind,
-                    "selection": w.selection,
-                    "resource_version": w.resource_version,
-                    "synced": w.synced,
-                    "objects": w.objects,
-                    "errors": w.errors,
-                    "last_error": w.last_error,
-                    "rejected": w.rejected,
-                }
-                for w in (self._watches.status() if self._watches else ())
-            ],
-            "rooms": {
-                "policy": {
-                    **counts,
-                    "last_apply_ms": None
-                    if room.latency_s is None
-                    else round(room.latency_s * 1000, 2),
-                    "applies": room.applies,
-                    "reconciles": room.reconciles,
-                    "table_transactions": room.table_transactions,
-                    "drifts": room.drifts,
-                    "last_drift": room.drift,
-                    "failures": room.failures,
-                    "errors": [room.error] if room.error else [],
-                    "invalid_policies": {
-                        str(k): [f"{p.field}: {p.message}" for p in v]
-                        for k, v in sorted(self.feed.problems.items())
-                    },
-                }
-            },
-            "node_facts": self._facts.describe(),
-            "errors": errors,
-        }
-
-    def _metrics(self) -> Iterable[Metric]:
-        room = self.room.status
-        yield gauge(
-            "ready",
-            "1 when everything is applied and the last apply succeeded",
-            self._ready() is None,
-        )
-        yield gauge("generation", "Changes seen by the policy graph", self.room.generation)
-        yield gauge("applied_generation", "Changes that are in the kernel", room.applied_generation)
-        for name, value in self.room.dataplane.counts().items():
-            yield gauge(f"policy_{name}", f"Number of {name} of the policy dataplane", value)
-        yield counter("applies", "Plans applied to the kernel", room.applies)
-        yield counter("apply_failures", "Applies that failed and were repeated", room.failures)
-        yield counter(
-            "reconciles", "Full comparisons with the kernel that were applied", room.reconciles
-        )
-        yield counter(
-            "table_transactions", "Plans with iptables transactions", room.table_transactions
-        )
-        yield counter("drifts", "Times the kernel was found changed by somebody else", room.drifts)
-        yield gauge(
-            "invalid_policies",
-            "Policies with parts that the API would refuse",
-            len(self.feed.problems),
-        )
-        for watch in self._watches.status() if self._watches else ():
-            label = watch.name.replace(" ", "_")
-            yield counter(
-                f"watch_errors_{label}", f"Errors of the watch {watch.name}", watch.errors
-            )
-            yield gauge(
-                f"watch_objects_{label}", f"Objects of the watch {watch.name}", watch.objects
-            )
-
-    async def _status_op(self, _: dict[str, Any]) -> dict[str, Any]:
-        return self.status()
-
-    async def _drops_op(self, args: dict[str, Any]) -> AsyncIterator[Any]:
-        """Recent denied packets, then (with follow) those to come."""
-        if self._audit is None:
-            raise NoAnswerError("drops", needed="an agent with --audit-log", got=self._audit_fault)
-        if not args.get("follow"):
-            for record in self._audit.recent():
-                yield json.loads(encode_line(record))
-            return
-        async for record in self._audit.follow(past=True):
-            yield json.loads(encode_line(record))
-
-    async def _explain_op(self, args: dict[str, Any]) -> dict[str, Any]:
-        namespace, _, name = str(args.get("pod", "")).partition("/")
-        pod = self.graph.local_pods.get(ObjectKey(namespace, name))
-        if pod is None:
-            raise NoAnswerError(
-                f"pod {namespace}/{name}", needed=f"a pod of node {self.settings.node}"
-            )
-        found = await asyncio.to_thread(live_view, pod, self._sets, self._tables)
-        return {
-            **found,
-            "in_sync": self.room.in_sync and not self._lacks_peers(),
-            "generation": self.room.status.applied_generation,
-        }
+        self.report.fatal = f"task {name} died: {error}"
