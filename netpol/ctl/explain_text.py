@@ -69,7 +69,10 @@ def _list(items: Sequence[str], joint: str) -> str:
 
 
 def _direction(d: DirectionTrace) -> list[str]:
-    lines = [f"  {d.direction:<8} {word(d.verdict):<6} {d.reason}"]
+    gap = " " * (
+        len(Verdict.ALLOW) + 2 - len(d.verdict)
+    )  # beside colour codes, which have no width
+    lines = [f"  {d.direction:<8} {word(d.verdict)}{gap}{d.reason}"]
     for policy in d.isolating:
         lines += _policy(policy, d.direction)
     return lines

@@ -18,7 +18,9 @@ import structlog
 from netpol.config import Settings
 from netpol.kernel.conflist import PodNetwork, read_pod_network
 from netpol.kernel.links import AddressMonitor, own_addresses
+from netpol.kernel.marks import conflict, mark_uses
 from netpol.kernel.sysctl import BRIDGE_NF_KEYS, keep_sysctl
+from netpol.lib.errors import InputError
 from netpol.model.net import Prefix, parse_prefix
 from netpol.model.objects import Node
 from netpol.render.options import RenderOptions
@@ -27,6 +29,8 @@ _log = structlog.get_logger(__name__)
 
 #: How often what has no events is looked at: sysctls, the CNI configuration.
 LOOK_EVERY_S = 5.0
+#: Who else uses the mark is looked up every so many looks: it means running the save tools.
+MARKS_EVERY_TURNS = 24
 
 
 class NodeFacts:
@@ -40,13 +44,21 @@ class NodeFacts:
         self._remembered: tuple[Prefix, ...] = ()
         self._addresses: tuple[bytes, ...] = ()
         self._sysctl_faults: list[str] = []
+        self._mark_fault = ""
         self._monitor: AddressMonitor | None = None
 
     def prepare(self) -> None:
-        """Read everything once, before the first rule."""
+        """Read everything once, before the first rule.
+
+        Raises:
+            InputError: somebody else uses bits of our mark field.
+        """
         self._remembered = self._recall()
         self._look()
         self._addresses = own_addresses()
+        fault = conflict(self._settings.field_mask, mark_uses())
+        if fault:
+            raise InputError(fault)
 
     def _look(self) -> None:
         self._network = read_pod_network(Path(self._settings.cni_conf_dir))
@@ -89,12 +101,17 @@ class NodeFacts:
         asyncio.get_running_loop().add_reader(
             self._monitor.fileno(), self._address_event, self._monitor, changed
         )
+        turn = 1
         while True:
             before = self.options()
             self._look()
             if self.options() != before:
                 changed()
             self._remember(self.hold_ranges())
+            if turn % MARKS_EVERY_TURNS == 0:
+                uses = await asyncio.to_thread(mark_uses)
+                self._mark_fault = conflict(self._settings.field_mask, uses) or ""
+            turn += 1
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _address_event(self, monitor: AddressMonitor, changed: Callable[[], None]) -> None:
@@ -140,7 +157,7 @@ class NodeFacts:
 
     def faults(self) -> list[str]:
         """What keeps policy from being complete on this node."""
-        return list(self._sysctl_faults)
+        return [*self._sysctl_faults, *([self._mark_fault] if self._mark_fault else [])]
 
     def describe(self) -> dict[str, Any]:
         """For status and the log."""

@@ -236,8 +236,10 @@ class NetlinkSets:
     def _answers(self, seq: int) -> Iterator[netlink.Message]:
         """The messages of the answer to a request; those of older ones are passed over."""
         sock = self._ipset.asyncore.socket
+        ready = select.poll()  # select(2) refuses descriptors over 1023
+        ready.register(sock, select.POLLIN)
         while True:
-            if not select.select([sock], [], [], ANSWER_TIMEOUT_S)[0]:
+            if not ready.poll(ANSWER_TIMEOUT_S * 1000):
                 raise KernelError("ipset", needed=f"an answer within {ANSWER_TIMEOUT_S:.0f} s")
             for message in netlink.messages(sock.recv(RECEIVE_BYTES)):
                 if message.seq == seq:

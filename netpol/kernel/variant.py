@@ -28,13 +28,7 @@ def detect() -> Variant:
     Raises:
         KernelMissingError: no iptables on this host.
     """
-    legacy_tables = {t for f in _LEGACY_TABLES for t in _lines(f)}
-    saved = {
-        Variant.NFT: _save("iptables-nft-save") + _save("ip6tables-nft-save"),
-        Variant.LEGACY: (
-            _save("iptables-legacy-save") + _save("ip6tables-legacy-save") if legacy_tables else []
-        ),
-    }
+    saved = saved_rules()
     for variant, lines in saved.items():
         if any(line.startswith(_HINTS) for line in lines):
             return variant
@@ -42,6 +36,17 @@ def detect() -> Variant:
     if rules[Variant.NFT] != rules[Variant.LEGACY]:
         return max(rules, key=lambda v: rules[v])
     return _default()
+
+
+def saved_rules() -> dict[Variant, list[str]]:
+    """Everybody's rules in every table that exists, as the save tools print them, by variant."""
+    legacy_tables = {t for f in _LEGACY_TABLES for t in _lines(f)}
+    return {
+        Variant.NFT: _save("iptables-nft-save") + _save("ip6tables-nft-save"),
+        Variant.LEGACY: (
+            _save("iptables-legacy-save") + _save("ip6tables-legacy-save") if legacy_tables else []
+        ),
+    }
 
 
 def _lines(path: Path) -> list[str]:

@@ -22,8 +22,8 @@ from netpol.kernel.set_wire import FOREIGN_MARK
 from netpol.kernel.sets import NetlinkSets
 from netpol.lib.errors import KernelMissingError
 from netpol.model.ids import Protocol, SetName
-from netpol.model.net import Family, parse_address, parse_prefix
-from netpol.model.ruleset import AddressPort, NetPair, SetKind, SetSpec
+from netpol.model.net import Family, Prefix, parse_address, parse_prefix
+from netpol.model.ruleset import AddressPort, Member, NetPair, SetKind, SetSpec
 from tests.kernel.contract_sets import M4, MEMBERS, N4, P4, S4, SetContract
 
 pytestmark = pytest.mark.kernel
@@ -169,3 +169,24 @@ async def test_it_works_inside_a_running_loop_and_from_many_threads(sets: Netlin
 def test_a_driver_stays_in_the_namespace_it_was_made_in(space: str, sets: NetlinkSets) -> None:
     sets.apply(SetTransaction((CreateSet(S4),)))
     assert ipset(space, "list", "-n").split() == [S4.name]
+
+
+@pytest.mark.parametrize("family", Family)
+@pytest.mark.parametrize("kind", [SetKind.HASH_IP, SetKind.HASH_NET])
+def test_entries_of_the_usual_layout_and_others_in_one_set(
+    space: str, sets: NetlinkSets, family: Family, kind: SetKind
+) -> None:
+    spec = SetSpec(SetName("KNP-X"), kind, family, marks=kind is SetKind.HASH_NET)
+    n = family.bits // 8
+    addresses = [bytes([10]) + i.to_bytes(n - 1, "big") for i in range(2000)]
+    members: dict[Member, int | None] = (
+        {Prefix(a, n * 8): (i % 4096) << 20 for i, a in enumerate(addresses)}
+        if spec.marks
+        else dict.fromkeys(addresses)
+    )
+    sets.apply(SetTransaction((CreateSet(spec, 2000), AddMembers(spec, members))))
+    assert sets.dump()[spec.name].members == members
+    if spec.marks:
+        odd = next(iter(members))
+        ipset(space, "-exist", "restore", text=f"add KNP-X {odd} nomatch\n")
+        assert sets.dump()[spec.name].members == {**members, odd: FOREIGN_MARK}

@@ -137,7 +137,7 @@ CASES: list[Case] = [
         ok(WEB, B_DB, family=6),
         no(WEB, B_DB, family=4),
         no(WEB, OUTSIDE),
-        part="link-local addresses are not routed between pods, see the walker's tests",
+        part="link-local addresses are not routed between pods, see test_rendered",
     ),
     case(
         49,

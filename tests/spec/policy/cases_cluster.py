@@ -275,7 +275,7 @@ CASES: list[Case] = [
         "without news the same state comes out",
         (with_(DENY), [no(B_DB, WEB)]),
         (with_(DENY), [no(B_DB, WEB)]),
-        part="rendering is a function of the world, see test_cases; losing a watch is tested with the agent",
+        part="rendering is a function, see test_rendered; losing a watch is tested with the agent",
     ),
     case(
         94,

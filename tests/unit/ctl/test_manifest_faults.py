@@ -2,9 +2,9 @@
 
 import copy
 import random
+from collections import Counter
 from pathlib import Path
 
-import pytest
 import yaml
 
 from netpol.ctl.main import main
@@ -36,31 +36,35 @@ def mutate(value, rng, chance):
     return value
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_mutated_manifests_never_break_a_command(seed, tmp_path, capsys, monkeypatch):
+COMMANDS = (
+    ["matrix", "--port", "80", "--port", "53/udp"],
+    ["explain", "shop/web", "--to", "x/svc/web", "--port", "80"],
+    ["explain", "--from", "0.0.0.0/0", "--to", "shop/db", "--port", "5432", "--fix"],
+    ["explain", "x/server-1"],
+    ["render", "--node", "node-a"],
+)
+
+
+def test_mutated_manifests_never_break_a_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("NETPOL_DEBUG", "1")  # a fault of ours raises
-    rng = random.Random(seed)
     documents = [
         d
         for world in ("shop", "corners")
         for d in yaml.safe_load_all((WORLDS / f"{world}.yaml").read_text())
     ]
-    good = 0
-    for round_, chance in enumerate((0.0005, 0.001, 0.002, 0.02)):
-        path = tmp_path / f"{round_}.yaml"
+    seen = Counter()
+    for seed in range(80):
+        rng = random.Random(seed)
+        chance = rng.choice((0.0005, 0.001, 0.002, 0.02))
+        path = tmp_path / f"{seed}.yaml"
         mutated = [mutate(d, rng, chance) for d in documents]
         path.write_text(yaml.safe_dump_all(mutated, allow_unicode=True), encoding="utf-8")
-        for command in (
-            ["matrix", "--port", "80", "--port", "53/udp"],
-            ["explain", "shop/web", "--to", "x/svc/web", "--port", "80"],
-            ["explain", "--from", "0.0.0.0/0", "--to", "shop/db", "--port", "5432", "--fix"],
-            ["explain", "x/server-1"],
-            ["render", "--node", "node-a"],
-        ):
+        for command in COMMANDS:
             code = main([*command, "-f", str(path)])
             out, err = capsys.readouterr()
-            assert code in (0, 1, 2, 3)
-            assert all(len(line) <= 1500 and line.isprintable() for line in err.splitlines())
-            assert (code >= 2) == (out == "") or "--fix" in command
-            good += code < 2
-    assert good  # were all refused, nothing but the loader would be tested
+            seen[code] += 1
+            where = (seed, command, code, err)
+            assert all(len(x) <= 1500 and x.isprintable() for x in err.splitlines()), where
+            assert (code >= 2) == (out == "") or "--fix" in command, where
+    assert set(seen) >= {0, 1, 2}
+    assert min(seen[0] + seen[1], seen[2]) > 40  # neither side is tested by accident only
