@@ -40,12 +40,13 @@ from netpol.k8s import informers
 from netpol.k8s.api import Api
 from netpol.k8s.decode import KINDS
 from netpol.k8s.watching import Selection
-from netpol.kernel.drivers import Variant
+from netpol.kernel.drivers import TableDriver, Variant
 from netpol.kernel.nflog import NflogReader, interface_name
+from netpol.kernel.probe import missing_features
 from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
 from netpol.kernel.variant import detect
-from netpol.lib.errors import InputError, NetpolError, NoAnswerError
+from netpol.lib.errors import InputError, KernelMissingError, NetpolError, NoAnswerError
 from netpol.policy.graph import Graph
 
 _log = structlog.get_logger("netpol")
@@ -95,12 +96,24 @@ async def _main(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, agent.reopen_logs)
     try:
         await agent.start()
         await stop.wait()
         _log.info("stopping", rules="stay in force")
     finally:
         await agent.stop()
+
+
+def _table_driver(variant: Variant) -> TableDriver:
+    """The driver of a variant: legacy tables are small enough to edit in process."""
+    restore = RestoreTables(variant)
+    if variant is Variant.NFT:
+        return restore
+    # Only here: the library loads libiptc and libxtables.
+    from netpol.kernel.iptc_tables import IptcTables
+
+    return IptcTables(restore)
 
 
 class Agent:
@@ -116,7 +129,10 @@ class Agent:
         self._facts = NodeFacts(settings)
         self._sets = NetlinkSets(mark_mask=settings.field_mask)
         variant = detect() if settings.iptables == "auto" else Variant(settings.iptables)
-        self._tables = RestoreTables(variant)
+        missing = missing_features(variant)
+        if missing:
+            raise KernelMissingError("this machine", needed="; ".join(missing))
+        self._tables = _table_driver(variant)
         self.room = PolicyRoom(
             self.graph,
             sets=self._sets,
@@ -287,6 +303,11 @@ class Agent:
         if self._watches is None:
             return False
         return self.graph.needs_peers and self._watches.get(_CLUSTER_PODS) is None
+
+    def reopen_logs(self) -> None:
+        """Open the audit log anew, after a rotation (SIGHUP)."""
+        if self.report.audit is not None:
+            self.report.audit.reopen()
 
     async def stop(self) -> None:
         """End tasks and connections; the kernel's rules stay as they are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
@@ -174,7 +173,7 @@ class Report:
         pod = self.room.dataplane.graph.local_pods.get(ObjectKey(namespace, name))
         if pod is None:
             raise NoAnswerError(f"pod {namespace}/{name}", needed=f"a pod of node {self.node}")
-        found = await asyncio.to_thread(live_view, pod, self.sets, self.tables)
+        found = await self.room.kernel(lambda: live_view(pod, self.sets, self.tables))
         return {
             **found,
             "in_sync": self.room.in_sync and not self.lacks_peers(),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from netpol.ctl.ends import End, Part
 from netpol.ctl.ports import Span
 from netpol.lib.errors import InputError
-from netpol.model.flow import DirectionTrace, Flow, PartyKind, TermTrace, Trace, Verdict
+from netpol.model.flow import Flow, PartyKind, Trace, Verdict
 from netpol.model.ids import Direction
 from netpol.model.net import Prefix, collapse
 from netpol.model.policy import PortName, PortRange
@@ -77,36 +77,11 @@ def findings(world: World, src: End, dst: End, spans: Iterable[Span]) -> list[Fi
             sources=collapse(p for a, _, _, _ in rows for p in a.prefixes),
             destinations=collapse(p for _, b, _, _ in rows for p in b.prefixes),
             spans=rows[0][2],
-            trace=traced(world, rows[0][3]),
+            trace=evaluate(world, rows[0][3]),
         )
         for rows in merged.values()
     ]
     return sorted(out, key=lambda f: f.verdict is Verdict.ALLOW)
-
-
-def traced(world: World, flow: Flow) -> Trace:
-    """Evaluate; a rule whose every port is invalid says so, where a trace shows no term for it."""
-    trace = evaluate(world, flow)
-    return trace._replace(
-        egress=_filled(world, trace.egress), ingress=_filled(world, trace.ingress)
-    )
-
-
-def _filled(world: World, d: DirectionTrace) -> DirectionTrace:
-    term = TermTrace("no valid port", matched=False, reason="every port of the rule is invalid")
-    return d._replace(
-        isolating=tuple(
-            p._replace(
-                rules=tuple(
-                    r._replace(ports=(term,))
-                    if world.policies[p.policy].rules(d.direction)[r.ref.number].ports == ()
-                    else r
-                    for r in p.rules
-                )
-            )
-            for p in d.isolating
-        )
-    )
 
 
 def _identity(end: End, part: Part) -> object:

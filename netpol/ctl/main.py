@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     _matrix(commands, [cluster, node, output])
     _render(commands, [cluster, node, output])
     _add(commands, "status", "the state of this node's agent", [node, output])
+    _drops(commands, [node, output])
     cleanup = _add(
         commands, "cleanup", "remove all that is netpol's from this node", [node, output]
     )
@@ -230,6 +231,14 @@ def _render(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         action="store_true",
         help="deny addresses of the podCIDR without a pod",
     )
+
+
+def _drops(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    drops = _add(commands, "drops", "recent denied packets, and why", parents)
+    drops.add_argument("-f", "--follow", action="store_true", help="go on with those to come")
+    drops.add_argument("--pod", metavar="REF", help="only those from or to a pod")
+    drops.add_argument("-n", "--namespace", metavar="NS", help="namespace of --pod")
+    drops.add_argument("--since", metavar="WHEN", help="a span such as 10m, or an RFC 3339 time")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class PolicyRoom:
         They hold unknown pods, if ranges are given. Where a former agent left rules, those stay in
         force and nothing is written. Returns whether it wrote.
         """
-        dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
+        dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
         if any(t.chains for t in dump.tables.values()):
             return False
         await self._execute(self.dataplane.reconcile(dump))
@@ -170,7 +170,7 @@ class PolicyRoom:
             self.dataplane.options = self._options()
         self._dirty = True
         while True:
-            dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
+            dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
             self._graph.flush(together=True)
             try:
                 await self._execute(self.dataplane.reconcile(dump))
@@ -196,7 +196,7 @@ class PolicyRoom:
                 continue
             self._dirty = True  # until the plan went through, nobody knows what the kernel has
             names = self.dataplane.returning_sets(delta)
-            returning = await self._kernel(partial(self._sets.dump, names)) if names else {}
+            returning = await self.kernel(partial(self._sets.dump, names)) if names else {}
             await self._execute(self.dataplane.change(delta, returning))
             self._dirty = False
 
@@ -205,9 +205,10 @@ class PolicyRoom:
             return
         self.status.applies += 1
         self.status.table_transactions += plan.touches_tables
-        await self._kernel(lambda: execute(plan, self._sets, self._tables))
+        await self.kernel(lambda: execute(plan, self._sets, self._tables))
 
-    async def _kernel(self, work: Callable[[], T]) -> T:
+    async def kernel(self, work: Callable[[], T]) -> T:
+        """Run blocking work where all work with the kernel runs: in one thread, one after the other."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, work)
 
@@ -255,7 +256,7 @@ class PolicyRoom:
         if self.dataplane.has_garbage and self._check_after_s >= GARBAGE_AFTER_S / 2:
             await self._collect()
             return
-        dump = await self._kernel(lambda: dump_kernel(self._sets, self._tables))
+        dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
         # Not `runner.pending`: a run that waits for our lock is not pending any more.
         if self._dirty or self.status.applied_generation != self.generation:
             return  # the graph moved on while we looked

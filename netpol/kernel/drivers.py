@@ -65,7 +65,7 @@ SetOp = CreateSet | AddMembers | DeleteMembers | DestroySet
 
 @dataclass(frozen=True, slots=True)
 class SetTransaction:
-    """Operations in order. `str()` is their `ipset restore` text. Not atomic: each is idempotent."""
+    """Operations in order (`set_text.restore_text` prints them). Not atomic: each is idempotent."""
 
     ops: tuple[SetOp, ...]
 

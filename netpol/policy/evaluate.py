@@ -35,6 +35,9 @@ from netpol.model.policy import (
 from netpol.policy.match import named_ports, peer_matches, port_matches
 from netpol.policy.world import World
 
+#: Stands where every port of a rule was invalid, which is not the same as naming none.
+_NO_PORT = TermTrace("no valid port", matched=False, reason="every port of the rule is invalid")
+
 
 def verdict(world: World, flow: Flow) -> Verdict:
     """Judge a connection; no reasons."""

@@ -172,7 +172,9 @@ async def test_the_mirror_equals_the_server_after_chaos(seed, watch_list):
 async def test_the_same_run_finds_a_defective_cache(defect):
     found = 0
     for seed in range(8):
-        same, changes, _, _ = await scenario(seed, defect("pods"), watch_list=False, patience_s=0.5)
+        same, changes, _, _ = await scenario(
+            seed, defect("pods"), watch_list=False, patience_s=0.5, stamped=True
+        )
         found += not same or _went_back(changes)
         if found == 2:
             return

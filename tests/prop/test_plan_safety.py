@@ -1,0 +1,337 @@
+"""Nothing forbidden passes and nothing allowed is lost at any point of a change, nor after being killed there.
+
+A plan is cut into the smallest steps that the kernel takes: one member of a set, or one transaction of a
+table. After each, packets of all pairs walk what the fakes hold, as text.
+
+What must hold is said about addresses, since that is what a packet has: a flow that is denied in every
+order in which the API could have told the news is denied in every state on the way; likewise allowed. The
+one exception is written down in `Lost`.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from netpol.enforce.dataplane import Dataplane, dump_kernel
+from netpol.enforce.plan import MAPS, Plan
+from netpol.kernel.drivers import AddMembers, CreateSet, DeleteMembers, SetTransaction
+from netpol.kernel.testing import FakeSets, FakeTables
+from netpol.model.flow import Flow, Party, PartyKind, Verdict
+from netpol.model.ids import Protocol
+from netpol.model.net import FAMILIES, Prefix, family_of, format_address, parse_address
+from netpol.model.ruleset import Ruleset
+from netpol.policy.evaluate import evaluate
+from netpol.policy.graph import Graph
+from netpol.policy.world import World
+from netpol.render.node import Desired, classes_in_use, render_graph
+from netpol.render.options import RenderOptions
+from tests.prop import churn
+from tests.walker.cluster import Cluster, Text, text_of
+
+SEEDS = 40
+OUTSIDE = tuple(parse_address(a) for a in ("198.51.100.7", "2001:db8::7"))
+PORTS = ((Protocol.TCP, 80), (Protocol.UDP, 53))
+
+Quad = tuple[bytes, bytes, Protocol, int]
+
+
+class Kernel:
+    """The kernel of one node, in memory."""
+
+    def __init__(self) -> None:
+        self.sets = FakeSets()
+        self.tables = FakeTables(sets=self.sets)
+
+    def copy(self) -> Kernel:
+        twin = Kernel()
+        twin.sets.state = copy.deepcopy(self.sets.state)
+        twin.tables.state = copy.deepcopy(self.tables.state)
+        return twin
+
+    def steps(self, plan: Plan) -> Iterator[str]:
+        """Apply a plan in the smallest steps; yields what each was."""
+        for step in plan.steps:
+            if not isinstance(step, SetTransaction):
+                self.tables.apply(step)
+                yield f"table {step.family}: {sorted(step.replace)} -{list(step.delete)}"
+                continue
+            for op in step.ops:
+                for part in _parts(op):
+                    self.sets.apply(SetTransaction((part,)))
+                    yield str(part)
+
+    def run(self, plan: Plan) -> None:
+        for _ in self.steps(plan):
+            pass
+
+    def text(self, field_mask: int) -> Text:
+        """What a walker reads."""
+        sets = {n: (s.spec, s.members) for n, s in self.sets.state.items()}
+        rulesets = {}
+        for family in FAMILIES:
+            table = self.tables.table("mangle", family)
+            hooks = {h: rules[0] for h, rules in table.hooks.items() if rules}
+            rulesets[family] = Ruleset({n: tuple(c) for n, c in table.chains.items()}, hooks)  # type: ignore[arg-type]
+        return text_of(Desired(sets, rulesets), field_mask=field_mask)  # type: ignore[arg-type]
+
+
+def _parts(op: object) -> Iterator[object]:
+    if isinstance(op, AddMembers):
+        for member, mark in op.members.items():
+            yield AddMembers(op.spec, {member: mark})
+    elif isinstance(op, DeleteMembers):
+        for member in op.members:
+            yield DeleteMembers(op.spec, [member])
+    else:
+        yield op
+
+
+class Judge:
+    """Says what this node must do with flows between addresses in one world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._shape = Cluster(world, {})
+
+    def passes(self, quad: Quad) -> bool:
+        """Whether the node must let a flow pass, as far as it is this node's to say."""
+        flow = self.flow(quad)
+        for party in (flow.src, flow.dst):
+            if party.kind is PartyKind.EXTERNAL and self._shape.place(party) == ("pod", churn.NODE):
+                return False  # held
+        trace = evaluate(self.world, flow)
+        return not (
+            (flow.src.node == churn.NODE and trace.egress.verdict is Verdict.DENY)
+            or (flow.dst.node == churn.NODE and trace.ingress.verdict is Verdict.DENY)
+        )
+
+    def flow(self, quad: Quad) -> Flow:
+        src, dst, protocol, port = quad
+        return Flow(self.world.party(src), self.world.party(dst), protocol, port)
+
+
+def quads(objects: list[churn.Objects]) -> list[Quad]:
+    """Every flow that has an address of this node's pods at one end."""
+    pods = {a: p.node for o in objects for p in o.pods.values() if p.policed for a in p.addresses}
+    out = []
+    for src, dst in itertools.product([*pods, *OUTSIDE], repeat=2):
+        if family_of(src) is not family_of(dst) or src == dst:
+            continue
+        if churn.NODE in (pods.get(src), pods.get(dst)):
+            out += [(src, dst, *port) for port in PORTS]
+    return out
+
+
+def orders(start: churn.Objects, events: list[churn.Event]) -> list[churn.Objects]:
+    """All worlds that lie between: every subset of the events has happened."""
+    out = []
+    for chosen in itertools.product((False, True), repeat=len(events)):
+        objects = start.copy()
+        for event, happened in zip(events, chosen, strict=True):
+            if happened:
+                event.happen(objects)
+        out.append(objects)
+    return out
+
+
+@dataclass(slots=True)
+class Watch:
+    """Walks all flows that must not change, after every step.
+
+    Attributes:
+        moving: addresses that change their own class, or their pod: new connections to and from them may
+            be lost in between, which is the price of never letting a forbidden one pass.
+        lost: how many of those were.
+    """
+
+    world: World
+    field_mask: int
+    denied: list[Quad]
+    allowed: list[Quad]
+    moving: set[bytes]
+    lost: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def between(cls, worlds: list[churn.Objects], field_mask: int) -> Watch:
+        judges = [Judge(o.world()) for o in worlds]
+        denied, allowed = [], []
+        for quad in quads(worlds):
+            verdicts = {j.passes(quad) for j in judges}
+            if verdicts == {False}:
+                denied.append(quad)
+            elif verdicts == {True}:
+                allowed.append(quad)
+        return cls(judges[-1].world, field_mask, denied, allowed, set())
+
+    def look(self, kernel: Kernel, at: str) -> None:
+        cluster = Cluster(self.world, {churn.NODE: kernel.text(self.field_mask)})
+        for quad in self.denied:
+            assert not self._passes(cluster, quad), f"{_text(quad)} passes after {at}"
+        for quad in self.allowed:
+            if self._passes(cluster, quad):
+                continue
+            assert self.moving & set(quad[:2]), f"{_text(quad)} is lost after {at}"
+            self.lost[_text(quad)] += 1
+
+    def _passes(self, cluster: Cluster, quad: Quad) -> bool:
+        src, dst, protocol, port = quad
+        flow = Flow(_party(src), _party(dst), protocol, port)
+        return cluster.walk_at(churn.NODE, flow).passed
+
+
+def _party(address: bytes) -> Party:
+    """Where an address lives by its range alone, whoever has it now."""
+    for node in churn.NODES:
+        if any(r.contains(address) for r in node.pod_cidrs):
+            return Party(PartyKind.POD, address, "", node=node.name)
+    return Party(PartyKind.EXTERNAL, address, "")
+
+
+def _text(quad: Quad) -> str:
+    src, dst, protocol, port = quad
+    return f"{format_address(src)} -> {format_address(dst)} {port}/{protocol}"
+
+
+def moving(plan: Plan) -> set[bytes]:
+    """Addresses whose entry in a class map changes or goes."""
+    out: set[bytes] = set()
+    for step in plan.steps:
+        for op in step.ops if isinstance(step, SetTransaction) else ():
+            if isinstance(op, AddMembers | DeleteMembers) and op.spec.name in MAPS:
+                out |= {m.address for m in op.members if isinstance(m, Prefix)}
+    return out
+
+
+@dataclass(slots=True)
+class Node:
+    """A node with an agent, in sync with a world."""
+
+    objects: churn.Objects
+    options: RenderOptions
+    graph: Graph = field(default_factory=lambda: Graph(churn.NODE))
+    kernel: Kernel = field(default_factory=Kernel)
+
+    def __post_init__(self) -> None:
+        for store, kind in (
+            (self.objects.namespaces, "namespaces"),
+            (self.objects.pods, "pods"),
+            (self.objects.policies, "policies"),
+        ):
+            for key, value in store.items():
+                churn.Event(kind, key, value).tell(self.graph)
+        self.restart()
+
+    def restart(self) -> Plan:
+        """A new agent; applies what it plans."""
+        plan = self.reconcile()
+        self.kernel.run(plan)
+        return plan
+
+    def reconcile(self) -> Plan:
+        self.dataplane = Dataplane(self.graph, self.options)
+        self.graph.flush(together=True)
+        return self.dataplane.reconcile(dump_kernel(self.kernel.sets, self.kernel.tables))
+
+    def plans(self) -> Iterator[Plan]:
+        """What the room would execute, one after the other."""
+        while True:
+            delta = self.graph.flush()
+            if delta.empty and not self.graph.pending:
+                return
+            names = self.dataplane.returning_sets(delta)
+            yield self.dataplane.change(delta, self.kernel.sets.dump(names) if names else {})
+
+    def check(self) -> None:
+        """Equal to scratch, numbers aside."""
+        numbers = self.dataplane.numbers.used
+        used = {k: numbers[k] for k in classes_in_use(self.graph) if k in numbers}
+        want = render_graph(self.graph, self.options, used)
+        have = self.kernel.sets.dump()
+        for name, (_, members) in want.sets.items():
+            assert have[name].members == members, name
+        for family in FAMILIES:
+            chains = self.kernel.tables.dump("mangle", family).chains
+            for name, chain in want.rulesets[family].chains.items():
+                if not name.startswith(("KNP-TREE", "KNP-OVER")):
+                    assert chains[name] == chain, name
+
+
+def node_at(dice: churn.Dice, field_mask: int) -> Node:
+    objects = churn.Objects()
+    for event in dice.fill(3):
+        event.happen(objects)
+    return Node(objects, churn.options_of(field_mask))
+
+
+def news(dice: churn.Dice, objects: churn.Objects, count: int) -> list[churn.Event]:
+    after = objects.copy()
+    out = []
+    for _ in range(count):
+        out.append(dice.event(after))
+        out[-1].happen(after)
+    return out
+
+
+def seen(worlds: list[churn.Objects], done: list[str], events: list[churn.Event]) -> str:
+    return f"{done[-1]}\nevents {events}\nbefore {worlds[0]}\nsteps\n" + "\n".join(done)
+
+
+@pytest.mark.parametrize("field_mask", [churn.WIDE, churn.NARROW], ids=hex)
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_no_state_on_the_way_is_wrong(seed: int, count: int, field_mask: int) -> None:
+    dice = churn.Dice(seed * 10 + count)
+    node = node_at(dice, field_mask)
+    events = news(dice, node.objects, count)
+    worlds = orders(node.objects, events)
+    watch = Watch.between(worlds, field_mask)
+    watch.look(node.kernel, "the start")
+    for event in events:
+        event.tell(node.graph)
+    done: list[str] = []
+    for plan in node.plans():
+        watch.moving = moving(plan)
+        for step in node.kernel.steps(plan):
+            done.append(step)
+            watch.look(node.kernel, seen(worlds, done, events))
+    node.check()
+    watch.moving = set()
+    for step in node.kernel.steps(node.dataplane.collect()):
+        watch.look(node.kernel, f"garbage: {step}")
+    node.check()
+
+
+@pytest.mark.parametrize("field_mask", [churn.WIDE, churn.NARROW], ids=hex)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_killed_anywhere_it_recovers_without_a_wrong_state(seed: int, field_mask: int) -> None:
+    dice = churn.Dice(7000 + seed)
+    node = node_at(dice, field_mask)
+    count = dice.random.randrange(1, 4)
+    events = news(dice, node.objects, count)
+    worlds = orders(node.objects, events)
+    for event in events:
+        event.tell(node.graph)
+    prefixes = [node.kernel.copy()]
+    way: set[bytes] = set()
+    for plan in node.plans():
+        way |= moving(plan)
+        for _ in node.kernel.steps(plan):
+            prefixes.append(node.kernel.copy())
+    watch = Watch.between(worlds, field_mask)
+    for number in dice.random.sample(range(len(prefixes)), min(4, len(prefixes))):
+        node.kernel = prefixes[number]
+        plan = node.reconcile()
+        watch.moving = moving(plan) | way
+        done = [f"killed after step {number}"]
+        for step in node.kernel.steps(plan):
+            done.append(step)
+            watch.look(node.kernel, seen(worlds, done, events))
+        node.check()
+        watch.moving = set()
+        watch.look(node.kernel, "the end")
