@@ -15,7 +15,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from netpol.audit.attribute import Attributor
 from netpol.audit.sink import LineSink
 from netpol.audit.worker import AuditWorker
 from netpol.config import Settings
+from netpol.enforce.events import Complaint, EventTeller, complaints
 from netpol.enforce.feed import Feed
 from netpol.enforce.node import NodeFacts
 from netpol.enforce.view import WorldView
@@ -147,6 +148,7 @@ class Agent:
         self._watches: informers.InformerSet | None = None
         self._peers_since_s = 0.0
         self._peers_wake = asyncio.Event()
+        self._events: EventTeller | None = None
         self._view = WorldView(
             namespaces=lambda: self._objects("namespaces"),
             pods=lambda: [*self._objects(_CLUSTER_PODS), *self._objects(_LOCAL_PODS)],
@@ -182,6 +184,18 @@ class Agent:
     def _applied(self) -> None:
         """Something was applied: whether the cluster's pods are needed may have changed."""
         self._peers_wake.set()
+        if self._events is not None:
+            self._events.look()
+
+    def _complaints(self) -> Iterator[Complaint]:
+        """What is wrong with policies that this node needs: invalid parts, and the kernel's refusals."""
+        active = {i.key for i in self.graph.active_policies}
+        return complaints(
+            {k: p for k, p in self.feed.problems.items() if k in active},
+            self.room.dataplane.refusals.reasons(),
+            uid_of=lambda key: p.uid if (p := self.feed.compiled.get(key)) else "",
+            node=self.settings.node,
+        )
 
     def _objects(self, watch: str) -> list[Any]:
         informer = self._watches.get(watch) if self._watches else None
@@ -206,9 +220,14 @@ class Agent:
             _log.info("fresh node", hold=[str(r) for r in self._facts.options().hold_ranges])
         self._api = await self._connect()
         self._watches = informers.InformerSet(self._api, on_death=self._task_died)
+        self._events = teller = EventTeller(
+            self._api, node=self.settings.node, find=self._complaints
+        )
+        self._tasks.spawn("events", teller.run())
         self._tasks.spawn("policy room", self.room.run_forever())
         self._tasks.spawn("start", self._sync_then_run())
         self._tasks.spawn("addresses", self._facts.watch(self.room.resync))
+        self._tasks.spawn("ipvs", self._facts.watch_ipvs(self.room.serve))
         self._start_audit()
 
     def _start_audit(self) -> None:
