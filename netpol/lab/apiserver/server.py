@@ -22,6 +22,8 @@ from netpol.lab.apiserver.registry import utc_now
 from netpol.lab.apiserver.store import Store
 from netpol.lab.apiserver.tls import make_identity
 
+_SHUTDOWN_S = 1.0  # for requests that run, and for a connection's TLS goodbye
+
 _MAX_BODY_BYTES = 64 << 20
 
 
@@ -84,6 +86,7 @@ class ApiServer:
             objects=self._objects,
         )
         self._runner: web.AppRunner | None = None
+        self._listening: asyncio.Server | None = None
 
     async def start(self) -> str:
         """Listen; return the URL.
@@ -94,16 +97,24 @@ class ApiServer:
         app = web.Application(client_max_size=_MAX_BODY_BYTES)
         app.router.add_route("*", "/{path:.*}", self._handler.handle)
         self._runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=1.0, handler_cancellation=True
+            app, access_log=None, shutdown_timeout=_SHUTDOWN_S, handler_cancellation=True
         )
         await self._runner.setup()
+        if self._runner.server is None:
+            raise RuntimeError("the HTTP server was not set up")
         context = None
         if self._tls:
             identity = await asyncio.to_thread(make_identity, self._host)
             context, self.ca_pem = identity
-        site = web.TCPSite(self._runner, self._host, self._port, ssl_context=context)
-        await site.start()
-        host, port = self._runner.addresses[0][:2]
+        # Not a TCPSite: a client that goes without a TLS goodbye would be waited for, 30 s by default.
+        self._listening = await asyncio.get_running_loop().create_server(
+            self._runner.server,
+            self._host,
+            self._port,
+            ssl=context,
+            ssl_shutdown_timeout=_SHUTDOWN_S if context else None,
+        )
+        host, port = self._listening.sockets[0].getsockname()[:2]
         scheme = "https" if context else "http"
         self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         return self.url
@@ -124,6 +135,9 @@ class ApiServer:
         for shelf in self.store.history.shelves():
             for cursor in shelf.cursors:
                 cursor.wake.set()
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
