@@ -36,6 +36,7 @@ from netpol.enforce.events import Complaint, EventTeller, complaints
 from netpol.enforce.feed import Feed
 from netpol.enforce.node import NodeFacts
 from netpol.enforce.view import WorldView
+from netpol.enforce.whois import PodResolver
 from netpol.enforce.worker import PolicyRoom
 from netpol.k8s import informers
 from netpol.k8s.api import Api
@@ -149,13 +150,22 @@ class Agent:
         self._peers_since_s = 0.0
         self._peers_wake = asyncio.Event()
         self._events: EventTeller | None = None
+        self._resolved = 0
+        self._resolver = PodResolver(
+            lambda: self._api, clock=self._clock, changed=self._address_resolved
+        )
         self._view = WorldView(
             namespaces=lambda: self._objects("namespaces"),
-            pods=lambda: [*self._objects(_CLUSTER_PODS), *self._objects(_LOCAL_PODS)],
+            pods=lambda: [
+                *self._resolver.pods(),
+                *self._objects(_CLUSTER_PODS),
+                *self._objects(_LOCAL_PODS),
+            ],
             policies=self.feed.compiled.values,
             nodes=lambda: self._objects("nodes"),
-            generation=lambda: self.room.generation,
+            generation=lambda: self.room.generation + self._resolved,
             clock=self._clock,
+            unknown=self._unknown,
         )
         self._nflog: NflogReader | None = None
         self._sink: LineSink | None = None
@@ -186,6 +196,16 @@ class Agent:
         self._peers_wake.set()
         if self._events is not None:
             self._events.look()
+
+    def _address_resolved(self) -> None:
+        """The audit log knows one pod more."""
+        self._resolved += 1
+        self._view.expire()
+
+    def _unknown(self, address: bytes) -> None:
+        """Somebody unknown was denied; with all pods watched there is nobody to ask for."""
+        if self._watches is not None and self._watches.get(_CLUSTER_PODS) is None:
+            self._resolver.ask(address)
 
     def _complaints(self) -> Iterator[Complaint]:
         """What is wrong with policies that this node needs: invalid parts, and the kernel's refusals."""
@@ -254,6 +274,7 @@ class Agent:
             interface_name=interface_name,
         )
         nflog.start()
+        self._tasks.spawn("resolver", self._resolver.run())
         self._tasks.spawn("audit", worker.run(nflog.batches()))
 
     async def _connect(self) -> Api:

@@ -21,6 +21,7 @@ from netpol.audit.attribute import Attribution, Attributor
 from netpol.audit.packet import Packet, PacketError, parse
 from netpol.audit.record import PartyRecord, Record, encode_line, format_time, protocol_name
 from netpol.kernel.nflog import NflogMessage
+from netpol.model.flow import PartyKind
 from netpol.render.logprefix import LogPrefix, decode
 
 #: Equal drops within this time are one record.
@@ -214,6 +215,9 @@ class AuditWorker:
         missed = self._missed()
         lost, self._lost_told = missed - self._lost_told, missed
         packet, why = drops.packet, drops.attribution
+        if PartyKind.EXTERNAL in (why.src.kind, why.dst.kind):
+            # Who was nobody when the packet came may have been found meanwhile.
+            why = self._attributor.attribute(drops.prefix, packet)
         direction = drops.prefix.direction
         return Record(
             ts=format_time(drops.timestamp_us),

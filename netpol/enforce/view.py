@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from netpol.aio.clock import Clock
-from netpol.model.flow import Flow, Party, Trace
+from netpol.model.flow import Flow, Party, PartyKind, Trace
 from netpol.model.objects import Endpoint, Namespace, Node
 from netpol.model.policy import CompiledPolicy
 from netpol.policy.evaluate import evaluate
@@ -24,6 +24,7 @@ class WorldView:
     Args:
         namespaces: all that the agent knows; likewise the others.
         generation: grows with every change of them.
+        unknown: told the addresses that nobody known has.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class WorldView:
         nodes: Callable[[], Iterable[Node]],
         generation: Callable[[], int],
         clock: Clock,
+        unknown: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         self._namespaces, self._pods, self._policies = namespaces, pods, policies
         self._nodes, self._generation, self._clock = nodes, generation, clock
+        self._unknown = unknown
         self._world = World.build()
         self._made_of = -1
         self._made_at_s = 0.0
@@ -57,9 +60,16 @@ class WorldView:
             self._made_of, self._made_at_s = generation, now_s
         return self._world
 
+    def expire(self) -> None:
+        """Build anew with the next question, however young the world is."""
+        self._made_at_s = float("-inf")
+
     def party(self, address: bytes) -> Party:
         """Who is behind an address."""
-        return self.world().party(address)
+        party = self.world().party(address)
+        if party.kind is PartyKind.EXTERNAL:
+            self._unknown(address)
+        return party
 
     def judge(self, flow: Flow) -> Trace:
         """Judge a flow with reasons."""
