@@ -35,7 +35,7 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 echo "setup: .venv with locked packages"
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-.venv/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.lock
+.venv/bin/python -m pip install -q --disable-pip-version-check --use-pep517 --require-hashes -r requirements/dev.lock
 .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps -e .
 ln -sf netpol-ctl .venv/bin/kubectl-netpol
 echo "$stamp" > .venv/stamp
