@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -12,12 +13,12 @@ from bench import worlds
 from bench.measure import Row, p99, settle, spread, timed
 from netpol.ctl import explain_doc, explain_text
 from netpol.ctl.ends import resolve
+from netpol.ctl.explain import spans
 from netpol.ctl.judge import findings
 from netpol.ctl.ports import parse_port
-from netpol.ctl.explain import spans
 from netpol.ctl.refs import parse_ref
 from netpol.ctl.source import Cluster
-from netpol.k8s.decode import KINDS, decode_list
+from netpol.k8s.decode import Page, decode_list
 from netpol.model.net import Family
 from netpol.policy.compile import compile_policy
 from netpol.policy.world import World
@@ -37,7 +38,9 @@ def explain() -> Iterator[Row]:
             ("Node", cluster.nodes),
         )
     }
-    pages = {kind: [i.value for i in decode_list(kind, body).items] for kind, body in raw.items()}
+    pages: dict[str, list[Any]] = {
+        kind: [i.value for i in _page(kind, body).items] for kind, body in raw.items()
+    }
     compiled = [compile_policy(p) for p in pages["NetworkPolicy"]]
 
     def build() -> World:
@@ -50,7 +53,7 @@ def explain() -> Iterator[Row]:
 
     settle()
     build_ms = min(timed(build) for _ in range(5)) * 1000
-    where = _cluster(build())
+    where = Cluster(build(), offline=True)
     rng = random.Random(8)
     names = [f"{p.key.namespace}/pod/{p.key.name}" for p in pages["Pod"]]
     samples, words = [], 0
@@ -67,6 +70,11 @@ def explain() -> Iterator[Row]:
         note=f"{spread(samples)}; {words // ANSWERS} characters each",
     )
     yield Row("explain.world.ms", build_ms, "ms", note="World.build from objects in memory")
+
+
+def _page(kind: str, body: bytes) -> Page[Any]:
+    page: Page[Any] = decode_list(kind, body)
+    return page
 
 
 def _answer(where: Cluster, source: str, target: str, port: str) -> str:

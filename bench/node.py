@@ -11,7 +11,7 @@ from bench.worlds import LOCAL_NODE, Cluster, Json, as_list
 from netpol.enforce.feed import Feed
 from netpol.enforce.worker import PolicyRoom
 from netpol.k8s.cache import Store
-from netpol.k8s.decode import KINDS, Decoded, decode, decode_list
+from netpol.k8s.decode import KINDS, Decoded, Page, decode, decode_list
 from netpol.kernel.drivers import Variant
 from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
@@ -49,9 +49,7 @@ class Node:
     def __init__(self, options: RenderOptions = OPTIONS, variant: Variant = Variant.NFT) -> None:
         self.graph = Graph(LOCAL_NODE)
         self.sets, self.tables = NetlinkSets(), RestoreTables(variant)
-        self.room = PolicyRoom(
-            self.graph, sets=self.sets, tables=self.tables, options=options
-        )
+        self.room = PolicyRoom(self.graph, sets=self.sets, tables=self.tables, options=options)
         self.feed = Feed(self.graph, self.room.changed)
         self.stores: dict[str, Store[Any]] = {
             name: Store(name) for name in ("Namespace", "NetworkPolicy", "Pod", "local")
@@ -65,7 +63,7 @@ class Node:
     def listed(self, answers: Lists) -> None:
         """Take lists as the informers do."""
         for kind, body in answers.items():
-            page = decode_list("Pod" if kind == "local" else kind, body)
+            page: Page[Any] = decode_list("Pod" if kind == "local" else kind, body)
             listing = self.stores[kind].listing()
             for item in page.items:
                 listing.put(item)

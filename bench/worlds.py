@@ -62,7 +62,9 @@ def make(shape: Shape) -> Cluster:
         namespaces=[_namespace(rng, i) for i in range(shape.namespaces)],
         nodes=[_node(i) for i in range(1, nodes + 1)],
         pods=[
-            pod(rng, number, *_seat(number, shape.local), namespace=f"ns{number % shape.namespaces}")
+            pod(
+                rng, number, *_seat(number, shape.local), namespace=f"ns{number % shape.namespaces}"
+            )
             for number in range(shape.pods)
         ],
         policies=[
@@ -128,7 +130,10 @@ def _node(number: int) -> Json:
     return {
         "apiVersion": "v1",
         "kind": "Node",
-        "metadata": {"name": f"node{number}", "labels": {"kubernetes.io/hostname": f"node{number}"}},
+        "metadata": {
+            "name": f"node{number}",
+            "labels": {"kubernetes.io/hostname": f"node{number}"},
+        },
         "spec": {"podCIDR": cidr, "podCIDRs": [cidr]},
         "status": {"addresses": [{"type": "InternalIP", "address": _host(number)}]},
     }

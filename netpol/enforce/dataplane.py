@@ -8,12 +8,16 @@ return a `Plan`; `execute` is the only one that touches the kernel, and `done` r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import errno
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from netpol.enforce.moves import Judgements, Move
 from netpol.enforce.numbers import Numbers, leaves_of
 from netpol.enforce.plan import (
     MAPS,
+    MapEntry,
     Plan,
     SetChange,
     Step,
@@ -21,6 +25,7 @@ from netpol.enforce.plan import (
     assemble,
     garbage,
     set_changes,
+    set_differences,
 )
 from netpol.enforce.refusal import Refusals, withhold
 from netpol.kernel.drivers import (
@@ -36,7 +41,7 @@ from netpol.kernel.drivers import (
 from netpol.lib.errors import KernelError
 from netpol.model.ids import ChainName, Direction, SetName
 from netpol.model.net import FAMILIES, Family, Prefix, family_of
-from netpol.model.ruleset import Chain, Member, Members, SetSpec
+from netpol.model.ruleset import AddressPort, Chain, Member, Members, SetSpec
 from netpol.policy.graph import ClassKey, Graph, GraphDelta, LocalPod
 from netpol.render import classes, names, policies, static
 from netpol.render.node import (
@@ -46,8 +51,9 @@ from netpol.render.node import (
     member_values,
     members_at,
     render_graph,
+    set_parts,
 )
-from netpol.render.options import RenderOptions
+from netpol.render.options import UNKNOWN, RenderOptions
 
 TABLE = "mangle"
 
@@ -90,6 +96,21 @@ def _dump_sets(sets: SetDriver) -> tuple[dict[SetName, SetDump], dict[SetName, s
     return found, strange
 
 
+def _without_mismatches(dump: KernelDump, desired: Desired) -> KernelDump:
+    """Count sets of another type than the one that their name is wanted for among the strange ones."""
+    strange = {
+        name: f"a {have.spec.kind} set {name} exists, needed {desired.sets[name][0].kind}"
+        for name, have in dump.sets.items()
+        if name in desired.sets and have.spec != desired.sets[name][0]
+    }
+    if not strange:
+        return dump
+    for name in MAPS & set(strange):
+        raise SetError(strange[name], name=name, code=errno.EEXIST)
+    left = {n: d for n, d in dump.sets.items() if n not in strange}
+    return replace(dump, sets=left, strange={**dump.strange, **strange})
+
+
 class StepError(KernelError):
     """A step of a plan was refused; the driver's error is the cause."""
 
@@ -118,6 +139,8 @@ class _Applied:
         default_factory=lambda: {f: {} for f in FAMILIES}
     )
     sets: set[SetName] = field(default_factory=set)
+    # Sets that bear our prefix but are not what we make: left alone.
+    strange: set[SetName] = field(default_factory=set)
     # Address of a local pod to (uid, whether it is in force): to see that an address moved to another pod.
     holders: dict[bytes, str] = field(default_factory=dict)
 
@@ -151,6 +174,7 @@ class Dataplane:
         for pod in self.graph.local_pods.values():
             self._count(pod, 1)
         desired = render_graph(self.graph, self.options, self._numbers_of(used))
+        dump = _without_mismatches(dump, desired)
         self.refusals.forget_changed(self.graph.active_policies)
         self.refusals.blame_sets(dump.strange, self.graph.active_policies)
         self._withhold(desired, dump)
@@ -161,16 +185,21 @@ class Dataplane:
             for n, d in dump.sets.items()
             if names.is_overflow_set(n) and n not in desired.sets and d.members
         ]
-        moved = {
-            m: True
+        tables = {f: self._table_change(desired, dump, f) for f in FAMILIES}
+        chains = {f: {**dump.tables[f].chains, **desired.rulesets[f].chains} for f in FAMILIES}
+        entries: dict[MapEntry, tuple[int, int]] = {
+            (change.spec.name, m): (have[m] or 0, v or 0)
             for change in changes
             if change.spec.name in MAPS and change.spec.name in dump.sets
-            for m in change.add
-            if m in dump.sets[change.spec.name].members
+            for have in (dump.sets[change.spec.name].members,)
+            for m, v in change.add.items()
+            if m in have
         }
-        tables = {f: self._table_change(desired, dump, f) for f in FAMILIES}
+        moved = self._moves(entries, chains)
         self._remember(desired, dump)
-        return assemble(sets=changes, tables=tables, moved=moved)
+        return assemble(
+            sets=changes, tables=tables, moved=moved, held_mark=self.options.mark(UNKNOWN)
+        )
 
     def _withhold(self, desired: Desired, dump: KernelDump) -> None:
         """Adapt a rendered state to what is in the kernel and must stay for now."""
@@ -202,6 +231,8 @@ class Dataplane:
 
     def _adopt(self, dump: KernelDump) -> None:
         self.numbers = Numbers(self.options)
+        # What `_trees` may lead to; an empty tuple, since nobody looked into these chains yet.
+        self._applied.chains = {f: dict.fromkeys(dump.tables[f].chains, ()) for f in FAMILIES}
         for direction in Direction:
             leaves: dict[int, ChainName] = {}
             for family in FAMILIES:
@@ -229,6 +260,7 @@ class Dataplane:
             self._extra_chains |= bool(set(extra) - set(desired.rulesets[family].chains))
             self._applied.chains[family] = {**extra, **desired.rulesets[family].chains}
         self._applied.sets = {*dump.sets, *desired.sets}
+        self._applied.strange = set(dump.strange)
         self._stale = set(dump.sets) - set(desired.sets)
         self._applied.holders = {
             a: p.uid for p in self.graph.local_pods.values() for a in p.addresses
@@ -259,11 +291,47 @@ class Dataplane:
         self._count_delta(delta)
         new_classes = self._assign(delta)
         self._peer_sets(delta, at, returning)
-        moved, recreated = self._pod_sets(delta, at)
+        entries, recreated = self._pod_sets(delta, at)
         tables = self._tables(delta, new_classes, at)
         return assemble(
-            sets=changes.values(), tables=tables, moved=moved, recreated=frozenset(recreated)
+            sets=changes.values(),
+            tables=tables,
+            moved=self._moves(entries, self._applied.chains),
+            recreated=frozenset(recreated),
+            held_mark=self.options.mark(UNKNOWN),
         )
+
+    def _moves(
+        self,
+        entries: Mapping[MapEntry, tuple[int, int]],
+        chains: Mapping[Family, Mapping[ChainName, tuple[object, ...]]],
+    ) -> dict[MapEntry, Move]:
+        """How map entries change, given their marks before and after, and what chains will be there."""
+        judgements: dict[SetName, Judgements] = {}
+        if entries:
+            for direction, family in itertools.product(Direction, FAMILIES):
+                judgements[names.class_map(direction, family)] = Judgements(
+                    direction, self.numbers, chains[family], shift=self.options.shift
+                )
+        return {at: judgements[at[0]].move(old, new) for at, (old, new) in entries.items()}
+
+    def serve(self, services: tuple[AddressPort, ...]) -> Plan:
+        """What changes when IPVS serves other services than before, as far as INPUT lets them through.
+
+        As with `change`, the caller must `reconcile` after any failure of the plan; also where there
+        was no IPVS, or will be none, since then rules change too.
+        """
+        before = self.options
+        self.options = replace(before, ipvs_services=services)
+        changes = []
+        for family in FAMILIES:
+            had = static.ipvs_members(before, family)
+            want = static.ipvs_members(self.options, family)
+            change = SetChange(static.ipvs_spec(family))
+            change.add = {m: v for m, v in want.items() if m not in had}
+            change.delete = [m for m in had if m not in want]
+            changes.append(change)
+        return assemble(sets=changes, tables={}, moved={})
 
     def returning_sets(self, delta: GraphDelta) -> list[SetName]:
         """Sets that a delta brings back into use while the kernel still has them, with old members."""
@@ -314,8 +382,13 @@ class Dataplane:
                 change.add.update(dict.fromkeys(m for m in has if m not in had))
                 change.delete += [m for m in had if m not in has]
 
-    def _pod_sets(self, delta: GraphDelta, at: _At) -> tuple[dict[Member, bool], set[Prefix]]:
-        """Entries of local pods; returns map entries that change, and those of a new holder."""
+    def _pod_sets(
+        self, delta: GraphDelta, at: _At
+    ) -> tuple[dict[MapEntry, tuple[int, int]], set[Prefix]]:
+        """Entries of local pods.
+
+        Returns the map entries that change with their marks before and after, and those of a new holder.
+        """
         numbers = self.numbers.used
         old: dict[SetSpec, dict[Member, int | None]] = {}
         new: dict[SetSpec, dict[Member, int | None]] = {}
@@ -329,7 +402,7 @@ class Dataplane:
                     ).values():
                         side.setdefault(spec, {}).update(members)
         recreated = self._holders(delta)
-        moved: dict[Member, bool] = {}
+        moved: dict[MapEntry, tuple[int, int]] = {}
         for spec in {*old, *new}:
             had, want = old.get(spec, {}), new.get(spec, {})
             for member, value in want.items():
@@ -337,7 +410,7 @@ class Dataplane:
                 if had.get(member, -1) != value or again:
                     at(spec).add[member] = value
                     if spec.name in MAPS and member in had and not again:
-                        moved[member] = True
+                        moved[spec.name, member] = (had[member] or 0, value or 0)
             for member in had:
                 if member not in want:
                     at(spec).delete.append(member)
@@ -396,14 +469,17 @@ class Dataplane:
 
     def _trees(self, family: Family) -> dict[ChainName, Chain]:
         out: dict[ChainName, Chain] = {}
+        have = self._applied.chains[family]
         for direction in Direction:
+            # A former agent may have been killed when one family had its leaf and the other not yet.
+            foreign = self.numbers.foreign(direction).items()
             out |= classes.tree_chains(
                 direction,
                 self.numbers.used,
                 self._overflow(),
                 options=self.options,
                 family=family,
-                extra=self.numbers.foreign(direction),
+                extra={n: c for n, c in foreign if c in have},
             )
         return out
 
@@ -445,6 +521,8 @@ class Dataplane:
             for name in doomed[family]:
                 del have[name]
         keep = net_sets | set(MAPS)
+        if self.options.ipvs_services is not None:
+            keep |= {names.ipvs_set(f) for f in FAMILIES}
         keep |= {names.member_set(k, f) for k in self.graph.members.active() for f in FAMILIES}
         keep |= {names.overflow_set(k, f) for k in self._overflow() for f in FAMILIES}
         gone = sorted(self._applied.sets - keep)
@@ -459,30 +537,40 @@ class Dataplane:
 
         What waits for the garbage does not count.
         """
-        found: list[str] = []
-        for family in FAMILIES:
-            want, have = self._applied.chains[family], dump.tables[family]
-            tool = "iptables" if family is Family.V4 else "ip6tables"
-            for name, chain in want.items():
-                if chain and have.chains.get(name) != chain:
-                    state = "changed" if name in have.chains else "gone"
-                    found.append(f"{tool} chain {name} is {state}")
-            found += [f"{tool} chain {n} is not ours to have" for n in have.chains if n not in want]
-            for hook in static.HOOKS:
-                jumps = have.hooks.get(hook, HookState()).jumps
-                if jumps != ((1, names.hook_chain(hook)),):
-                    found.append(f"{tool} {hook} does not begin with our jump alone")
+        found = [d for f in FAMILIES for d in self.table_drift(f, dump.tables[f])]
         desired = render_graph(
             self.graph, self.options, self._numbers_of(classes_in_use(self.graph))
         )
         if self.refusals:
             self._withhold(desired, dump)
-        for change in set_changes(desired.sets, dump.sets):
-            what = "is gone" if change.create else f"has {len(change.delete)} members too many"
-            missing = "" if change.create else f", {len(change.add)} missing"
-            found.append(f"set {change.spec.name} {what}{missing}")
-        found += [f"set {n} is not ours to have" for n in dump.sets if n not in self._applied.sets]
+        found += set_differences(desired.sets, dump.sets)
+        found += self.foreign_sets(dump.sets)
         return "; ".join(found[:5]) + ("; and more" if len(found) > 5 else "")
+
+    def table_drift(self, family: Family, have: TableDump) -> list[str]:
+        """What differs between a family's table and what was applied, in words."""
+        found: list[str] = []
+        want = self._applied.chains[family]
+        tool = "iptables" if family is Family.V4 else "ip6tables"
+        for name, chain in want.items():
+            if chain and have.chains.get(name) != chain:
+                state = "changed" if name in have.chains else "gone"
+                found.append(f"{tool} chain {name} is {state}")
+        found += [f"{tool} chain {n} is not ours to have" for n in have.chains if n not in want]
+        for hook in static.HOOKS:
+            jumps = have.hooks.get(hook, HookState()).jumps
+            if jumps != ((1, names.hook_chain(hook)),):
+                found.append(f"{tool} {hook} does not begin with our jump alone")
+        return found
+
+    def foreign_sets(self, present: Iterable[SetName]) -> list[str]:
+        """Which of the sets with our prefix were never applied, in words."""
+        known = self._applied.sets | self._applied.strange
+        return [f"set {n} is not ours to have" for n in present if n not in known]
+
+    def wanted_sets(self) -> Iterator[dict[SetName, tuple[SetSpec, Members]]]:
+        """All sets as they must be, some at a time; see `set_parts`."""
+        return set_parts(self.graph, self.options, self._numbers_of(classes_in_use(self.graph)))
 
     @property
     def has_garbage(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the rules must know of the node itself: pod interfaces and ranges, own addresses, sysctls.
+"""What the rules must know of the node itself: pod interfaces and ranges, own addresses, sysctls, IPVS.
 
 Settings beat what the CNI configuration says, which beats the Node object. Own addresses come from the
 kernel and are watched, since the bridge gets the gateway address only with the first pod. Of the last
@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from netpol.config import Settings
+from netpol.enforce.served import IpvsWatch
 from netpol.kernel.conflist import PodNetwork, read_pod_network
 from netpol.kernel.links import AddressMonitor, own_addresses
 from netpol.kernel.marks import conflict, mark_uses
@@ -45,6 +46,7 @@ class NodeFacts:
         self._addresses: tuple[bytes, ...] = ()
         self._sysctl_faults: list[str] = []
         self._mark_fault = ""
+        self._ipvs = IpvsWatch()
         self._monitor: AddressMonitor | None = None
 
     def prepare(self) -> None:
@@ -56,6 +58,7 @@ class NodeFacts:
         self._remembered = self._recall()
         self._look()
         self._addresses = own_addresses()
+        self._ipvs.look()
         fault = conflict(self._settings.field_mask, mark_uses())
         if fault:
             raise InputError(fault)
@@ -73,6 +76,7 @@ class NodeFacts:
     def options(self) -> RenderOptions:
         """What the renderers are given."""
         s = self._settings
+        served = self._ipvs.served(self._addresses)
         return RenderOptions(
             field_mask=s.field_mask,
             nflog_group=s.nflog_group,
@@ -81,7 +85,12 @@ class NodeFacts:
             pod_interfaces=self._interfaces(),
             hold_ranges=self.hold_ranges(),
             own_addresses=self._addresses,
+            ipvs_services=None if served is None else served.services,
         )
+
+    async def watch_ipvs(self, changed: Callable[[], None]) -> None:
+        """Mark when IPVS serves something else; until cancelled."""
+        await self._ipvs.watch(changed)
 
     def _interfaces(self) -> tuple[str, ...]:
         return self._settings.pod_interfaces or self._network.interfaces
@@ -157,7 +166,8 @@ class NodeFacts:
 
     def faults(self) -> list[str]:
         """What keeps policy from being complete on this node."""
-        return [*self._sysctl_faults, *([self._mark_fault] if self._mark_fault else [])]
+        marks = [self._mark_fault] if self._mark_fault else []
+        return [*self._sysctl_faults, *marks, *self._ipvs.faults()]
 
     def describe(self) -> dict[str, Any]:
         """For status and the log."""
@@ -167,8 +177,11 @@ class NodeFacts:
             notes.append("no pod interfaces known: sources are not checked")
         if not held:
             notes.append("unknown pods are not held")
+        served = self._ipvs.served(self._addresses)
+        notes += served.notes if served is not None else ()
         return {
             "pod_interfaces": list(self._interfaces()),
             "hold_ranges": [str(r) for r in held],
+            "ipvs_services": None if served is None else len(served.services),
             "notes": notes,
         }

@@ -4,11 +4,12 @@
     2  new sets; members added, but those of addresses whose class changes
     3  tables: new and changed chains, leaves, hooks (one transaction for each family)
     4  members removed
-    5  map entries that change class
+    5  map entries that change class: those that allow less, then those that allow more (see `moves`)
     6  members of the addresses whose class changed
     7  map entries of addresses that appear
 
-Whoever loses something loses it before anybody gains by it. Between 2 and 4 a set holds old and new
+Whoever loses something loses it before anybody gains by it. An address that another pod has now is held
+from 1 to 7. Between 2 and 4 a set holds old and new
 members, which is what the API said before plus what it says now, under the old classes. An address
 whose own class changes gets its memberships only under its new class. See docs/adr for the cases.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from netpol.enforce.moves import Move
 from netpol.kernel.drivers import (
     AddMembers,
     CreateSet,
@@ -40,6 +42,9 @@ Step = SetTransaction | TableTransaction
 
 #: The class maps: their entries are what makes a pod's rules take effect.
 MAPS = frozenset(names.class_map(d, f) for d in Direction for f in FAMILIES)
+
+#: One entry of a class map.
+MapEntry = tuple[SetName, Member]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,36 +85,49 @@ def assemble(
     *,
     sets: Iterable[SetChange],
     tables: Mapping[Family, TableChange],
-    moved: Mapping[Member, bool],
+    moved: Mapping[MapEntry, Move],
     recreated: frozenset[Prefix] = frozenset(),
+    held_mark: int = 0,
 ) -> Plan:
     """Put changes in order.
 
     Args:
         sets: changes of sets, the class maps among them (their `add` holds new and changed entries).
         tables: changes of tables.
-        moved: map entries (host prefixes) that exist and change, by prefix; the value is unused.
-        recreated: host prefixes that another pod holds now: they leave, then appear.
+        moved: map entries that exist and change, and how.
+        recreated: host prefixes that another pod holds now: they are held, then appear.
+        held_mark: the mark of a held address.
     """
     leave: list[SetOp] = []
     early: list[SetOp] = []
     remove: list[SetOp] = []
-    change: list[SetOp] = []
+    tighten: list[SetOp] = []
+    loosen: list[SetOp] = []
     late: list[SetOp] = []
     appear: list[SetOp] = []
-    moving = {p.address for p in moved if isinstance(p, Prefix)}
+    moving = {m.address for _, m in moved if isinstance(m, Prefix)}
     for item in sets:
         spec = item.spec
         if item.create:
             early.append(CreateSet(spec, max(item.size, len(item.add))))
         if spec.name in MAPS:
-            gone = [*item.delete, *(m for m in item.add if m in recreated)]
-            if gone:
-                leave.append(DeleteMembers(spec, gone))
-            changed = {m: v for m, v in item.add.items() if m in moved and m not in recreated}
-            fresh = {m: v for m, v in item.add.items() if m not in changed}
-            if changed:
-                change.append(AddMembers(spec, changed))
+            if item.delete:
+                leave.append(DeleteMembers(spec, item.delete))
+            other: Members = {m: held_mark for m in item.add if m in recreated}
+            if other:
+                leave.append(AddMembers(spec, other))
+            how = {m: moved[spec.name, m] for m in item.add if (spec.name, m) in moved}
+            less: Members = {
+                m: item.add[m] if move is Move.TIGHTEN else held_mark
+                for m, move in how.items()
+                if move is not Move.LOOSEN
+            }
+            if less:
+                tighten.append(AddMembers(spec, less))
+            more: Members = {m: item.add[m] for m, move in how.items() if move is not Move.TIGHTEN}
+            if more:
+                loosen.append(AddMembers(spec, more))
+            fresh = {m: v for m, v in item.add.items() if m not in how}
             if fresh:
                 appear.append(AddMembers(spec, fresh))
             continue
@@ -146,7 +164,7 @@ def assemble(
                     hook_state=table.hook_state,
                 )
             )
-    put(remove, change, late, appear)
+    put(remove, tighten, loosen, late, appear)
     return Plan(tuple(steps))
 
 
@@ -199,4 +217,16 @@ def set_changes(
         add = {m: v for m, v in members.items() if m not in have or have[m] != v}
         delete = [m for m in have if m not in members]
         out.append(SetChange(spec, add=add, delete=delete))
+    return out
+
+
+def set_differences(
+    desired: Mapping[SetName, tuple[SetSpec, Members]], actual: Mapping[SetName, SetDump]
+) -> list[str]:
+    """The same comparison in words."""
+    out = []
+    for change in set_changes(desired, actual):
+        what = "is gone" if change.create else f"has {len(change.delete)} members too many"
+        missing = "" if change.create else f", {len(change.add)} missing"
+        out.append(f"set {change.spec.name} {what}{missing}")
     return out

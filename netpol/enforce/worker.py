@@ -18,11 +18,15 @@ import structlog
 
 from netpol.aio.clock import Clock, SystemClock
 from netpol.aio.runner import BoundedRunner
-from netpol.enforce.dataplane import Dataplane, StepError, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane, KernelDump, StepError, dump_kernel, execute
+from netpol.enforce.look import Look
 from netpol.enforce.plan import Plan
-from netpol.kernel.drivers import SetDriver, TableDriver
+from netpol.kernel.drivers import SetDriver, SetError, TableDriver, TableError
 from netpol.lib.errors import NetpolError
+from netpol.model.ids import Direction
+from netpol.model.net import FAMILIES, Prefix
 from netpol.policy.graph import Graph
+from netpol.render import names
 from netpol.render.options import RenderOptions
 
 _log = structlog.get_logger(__name__)
@@ -31,6 +35,10 @@ T = TypeVar("T")
 #: After a write the kernel is read back at growing intervals, since whoever undoes us does it soon.
 FIRST_CHECK_S = 0.05
 LAST_CHECK_S = 3600.0
+#: Quiet time before looks go into the members of sets; those before see tables only.
+MEMBERS_AFTER_S = 0.4
+#: How often the hold of a fresh node is tried, since another program may have the xtables lock.
+HOLD_TRIES, HOLD_RETRY_S = 4, 0.5
 #: Quiet time before garbage goes: what comes back within it costs nothing.
 GARBAGE_AFTER_S = 2.0
 #: A refused policy is tried again once the checks are this far apart.
@@ -88,9 +96,12 @@ class PolicyRoom:
         self._started = False
         self._told_at_s: float | None = None
         self._dirty = True
+        self._serve_changed = False
         self._check_after_s = FIRST_CHECK_S
         self._wake = asyncio.Event()
-        self._lock = asyncio.Lock()  # one planner at a time: run, look, collect
+        self._lock = asyncio.Lock()  # one planner at a time: run, collect
+        self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="look")
+        self._eyes = Look(self.dataplane, sets=sets, tables=tables, run=self._looking)
 
     # -- marks ------------------------------------------------------------------------------
 
@@ -114,6 +125,12 @@ class PolicyRoom:
         if self._started:
             self.runner.mark()
 
+    def serve(self) -> None:
+        """IPVS serves something else; what, `before_reconcile` tells."""
+        self._serve_changed = True
+        if self._started:
+            self.runner.mark()
+
     @property
     def ready(self) -> bool:
         """Whether everything was applied once and the last apply succeeded."""
@@ -133,16 +150,27 @@ class PolicyRoom:
             group.create_task(self._housekeeping(), name="policy housekeeping")
 
     async def hold(self) -> bool:
-        """On a node without a rule of ours, before anything is known: write the empty graph's rules.
+        """On a node without a pod of ours, before anything is known: write the empty graph's rules.
 
-        They hold unknown pods, if ranges are given. Where a former agent left rules, those stay in
-        force and nothing is written. Returns whether it wrote.
+        They hold unknown pods, if ranges are given. Where a former agent knew pods, its rules stay in
+        force and nothing is written; one that was killed while it held is finished. Returns whether it
+        wrote. What the kernel still refuses after some tries is tried again with the first apply.
         """
-        dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
-        if any(t.chains for t in dump.tables.values()):
-            return False
-        await self._execute(self.dataplane.reconcile(dump))
-        return True
+        for _ in range(HOLD_TRIES):
+            try:
+                dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
+                if _knows_pods(dump):
+                    return False
+                self._renew_options()
+                plan = self.dataplane.reconcile(dump)
+                await self._execute(plan)
+            except (SetError, TableError, StepError) as e:
+                self._failed(e)
+                await self._clock.sleep(HOLD_RETRY_S)
+            else:
+                self.status.error = ""
+                return bool(plan.steps)
+        return False
 
     async def _run(self) -> None:
         if not self._started:
@@ -155,6 +183,8 @@ class PolicyRoom:
                 await self._reconcile()
             else:
                 await self._changes()
+                if self._serve_changed:
+                    await self._serve()
         self.status.applied_generation = generation
         self.status.applied_at_s = now_s = self._clock.monotonic()
         if told_at_s is not None:
@@ -166,8 +196,7 @@ class PolicyRoom:
 
     async def _reconcile(self) -> None:
         self.status.reconciles += 1
-        if self._options is not None:
-            self.dataplane.options = self._options()
+        self._renew_options()
         self._dirty = True
         while True:
             dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
@@ -195,10 +224,26 @@ class PolicyRoom:
                     return
                 continue
             self._dirty = True  # until the plan went through, nobody knows what the kernel has
-            names = self.dataplane.returning_sets(delta)
-            returning = await self.kernel(partial(self._sets.dump, names)) if names else {}
+            back = self.dataplane.returning_sets(delta)
+            returning = await self.kernel(partial(self._sets.dump, back)) if back else {}
             await self._execute(self.dataplane.change(delta, returning))
             self._dirty = False
+
+    async def _serve(self) -> None:
+        """Members of the sets that INPUT asks about IPVS: no table, no dump."""
+        self._serve_changed = False
+        served = self._options().ipvs_services if self._options is not None else None
+        if served is None or self.dataplane.options.ipvs_services is None:
+            await self._reconcile()  # the rule and its sets come or go
+            return
+        self._dirty = True
+        await self._execute(self.dataplane.serve(served))
+        self._dirty = False
+
+    def _renew_options(self) -> None:
+        self._serve_changed = False
+        if self._options is not None:
+            self.dataplane.options = self._options()
 
     async def _execute(self, plan: Plan) -> None:
         if not plan.steps:
@@ -211,6 +256,10 @@ class PolicyRoom:
         """Run blocking work where all work with the kernel runs: in one thread, one after the other."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, work)
+
+    async def _looking(self, work: Callable[[], T]) -> T:
+        """Run blocking work that an apply must not wait for."""
+        return await asyncio.get_running_loop().run_in_executor(self._look_thread, work)
 
     def _failed(self, error: Exception) -> None:
         self._dirty = True
@@ -230,8 +279,7 @@ class PolicyRoom:
                     await self._pause(1.0)
                 continue
             try:
-                async with self._lock:
-                    await self._look()
+                await self._look()
             except NetpolError as e:
                 _log.warning("looking at the kernel failed", error=str(e))
                 self.resync()
@@ -256,11 +304,21 @@ class PolicyRoom:
         if self.dataplane.has_garbage and self._check_after_s >= GARBAGE_AFTER_S / 2:
             await self._collect()
             return
-        dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
-        # Not `runner.pending`: a run that waits for our lock is not pending any more.
-        if self._dirty or self.status.applied_generation != self.generation:
-            return  # the graph moved on while we looked
-        drift = self.dataplane.drift(dump)
+        generation, applies = self.generation, self.status.applies
+
+        def still() -> bool:
+            return (
+                not self._dirty
+                and not self._lock.locked()
+                and self.generation == generation == self.status.applied_generation
+                and self.status.applies == applies
+            )
+
+        drift = await self._eyes.drift(
+            still=still,
+            transactions=self.status.table_transactions,
+            members=self._check_after_s >= MEMBERS_AFTER_S,
+        )
         if drift:
             self.status.drifts += 1
             self.status.drift = drift
@@ -268,13 +326,26 @@ class PolicyRoom:
             self.resync()
 
     async def _collect(self) -> None:
-        if self._dirty:
-            return
-        self._dirty = True
-        await self._execute(self.dataplane.collect())
-        self._dirty = False
+        async with self._lock:
+            if self._dirty:
+                return
+            self._dirty = True
+            await self._execute(self.dataplane.collect())
+            self._dirty = False
 
     def close(self) -> None:
         """Release the kernel thread; rules stay."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        self._look_thread.shutdown(wait=False, cancel_futures=True)
         self._sets.close()
+
+
+def _knows_pods(dump: KernelDump) -> bool:
+    """Whether a former agent left the entry of a pod: as a source every pod has one, and only pods."""
+    maps = (dump.sets.get(names.class_map(Direction.EGRESS, f)) for f in FAMILIES)
+    return any(
+        isinstance(entry, Prefix) and entry.is_host
+        for found in maps
+        if found is not None
+        for entry in found.members
+    )

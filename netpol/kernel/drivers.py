@@ -175,6 +175,10 @@ class TableDriver(Protocol):
         """Read our chains and jumps. An absent table is an empty dump and is not created."""
         ...
 
+    def fingerprint(self, table: str, family: Family) -> str:
+        """A text that differs whenever a dump would, for much less than a dump; counters aside."""
+        ...
+
     def apply(self, tx: TableTransaction) -> None:
         """Apply atomically; raises TableError, after which the table is as it was."""
         ...

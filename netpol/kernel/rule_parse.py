@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from netpol.kernel.ipvs_program import ipvs_takes_program
 from netpol.kernel.rule_text import (
     FULL_MASK,
     LIMIT_BURST_DEFAULT,
@@ -31,6 +32,7 @@ from netpol.model.ruleset import (
     Icmpv6Type,
     InInterface,
     IpProtocol,
+    IpvsTakes,
     Jump,
     Limit,
     Log,
@@ -49,7 +51,10 @@ from netpol.model.ruleset import (
 )
 
 _PROTOCOLS_BY_WORD = {word: protocol for protocol, word in PROTOCOL_WORDS.items()}
-_SAME_ADDRESS = {same_address_program(family): SameAddress(family) for family in Family}
+_PROGRAMS: dict[str, Match] = {
+    **{same_address_program(family): SameAddress(family) for family in Family},
+    **{ipvs_takes_program(family): IpvsTakes(family) for family in Family},
+}
 _WORD = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|(\S+))')
 _ESCAPE = re.compile(r"\\(.)")
 
@@ -72,7 +77,7 @@ def parse_words(words: list[str]) -> Rule | None:
 
 def parse_bytecode(program: str) -> Match | None:
     """The match that a program of xt_bpf stands for; None for one that is not ours."""
-    return _SAME_ADDRESS.get(program)
+    return _PROGRAMS.get(program)
 
 
 class _Reader:

@@ -16,6 +16,7 @@ import re
 from dataclasses import replace
 from typing import assert_never
 
+from netpol.kernel.ipvs_program import ipvs_takes_program
 from netpol.model.ids import ChainName, Protocol
 from netpol.model.net import Family
 from netpol.model.ruleset import (
@@ -33,6 +34,7 @@ from netpol.model.ruleset import (
     Icmpv6Type,
     InInterface,
     IpProtocol,
+    IpvsTakes,
     Jump,
     Limit,
     Log,
@@ -253,6 +255,10 @@ def _match_words(match: Match, family: Family, protocol: Protocol | None) -> lis
             if match.family is not family:
                 raise ValueError(f"the addresses of IPv{match.family} in a rule of IPv{family}")
             return ["-m", "bpf", "--bytecode", same_address_program(family)]
+        case IpvsTakes():
+            if match.family is not family:
+                raise ValueError(f"a header of IPv{match.family} in a rule of IPv{family}")
+            return ["-m", "bpf", "--bytecode", ipvs_takes_program(family)]
         case Limit():
             if not 1 <= match.per_second <= LIMIT_SCALE or match.burst < 1:
                 raise ValueError(

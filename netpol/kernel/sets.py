@@ -6,13 +6,15 @@ classes take seconds for 50,000 members.
 
 The socket lives in a thread of its own, started by the constructor: pyroute2 keeps a socket and an
 event loop per calling thread, and refuses calls inside a running loop. With the worker, the driver
-stays in the network namespace of the thread that made it, and may be called from anywhere.
+stays in the network namespace of the thread that made it, and may be called from anywhere. A socket
+stays in its namespace too, so that plain changes of members are sent by the calling thread itself.
 """
 
 from __future__ import annotations
 
 import errno
 import select
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, assert_never
@@ -94,9 +96,12 @@ class NetlinkSets:
         self._mark_mask = mark_mask
         self._seq = FIRST_SEQ
         self._closed = False
+        self._lock = threading.Lock()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netpol-ipset")
         try:
             self._ipset = self._run(_open)
+            # Asked in the worker: in another thread it would be another socket, of another namespace.
+            self._socket = self._run(lambda: self._ipset.asyncore.socket)
         except BaseException:
             self._worker.shutdown()
             raise
@@ -111,6 +116,11 @@ class NetlinkSets:
 
     def apply(self, tx: SetTransaction) -> None:
         """See SetDriver."""
+        if all(isinstance(op, AddMembers | DeleteMembers) for op in tx.ops):
+            # Own frames alone: any thread may send them, and a pod that joins waits for no other.
+            with self._lock:
+                self._apply(tx)
+            return
         self._run(lambda: self._apply(tx))
 
     def close(self) -> None:
@@ -121,9 +131,14 @@ class NetlinkSets:
             self._worker.shutdown()
 
     def _run(self, work: Callable[[], T]) -> T:
-        return self._worker.submit(work).result()
+        def alone() -> T:
+            with self._lock:
+                return work()
 
-    # Below this line everything runs in the worker.
+        return self._worker.submit(alone).result()
+
+    # Below this line everything runs in the worker, or in the caller's thread where no call of pyroute2
+    # is made, always with the lock.
 
     def _apply(self, tx: SetTransaction) -> None:
         for op in tx.ops:
@@ -235,7 +250,7 @@ class NetlinkSets:
 
     def _answers(self, seq: int) -> Iterator[netlink.Message]:
         """The messages of the answer to a request; those of older ones are passed over."""
-        sock = self._ipset.asyncore.socket
+        sock = self._socket
         ready = select.poll()  # select(2) refuses descriptors over 1023
         ready.register(sock, select.POLLIN)
         while True:
@@ -247,7 +262,7 @@ class NetlinkSets:
 
     def _send(self, frame: bytes) -> None:
         # Between pyroute2's own calls its loop does not run, so that nobody else reads the socket.
-        self._ipset.asyncore.socket.send(frame)
+        self._socket.send(frame)
 
     def _next_seq(self) -> int:
         self._seq = self._seq + 1 if self._seq < 0xFFFFFFF0 else FIRST_SEQ

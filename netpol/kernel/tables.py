@@ -12,6 +12,7 @@ chain with the number of a later line; legacy gives no reason for what the kerne
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ from typing import TypeVar
 
 from netpol.kernel.drivers import TableDump, TableError, TableTransaction, Variant
 from netpol.kernel.netns import in_netns
+from netpol.kernel.nft_generation import generation
 from netpol.kernel.table_text import Counters, parse_counters, parse_save, transaction_text
 from netpol.lib.errors import KernelMissingError, NetpolError, NoAnswerError
 from netpol.model.ids import ChainName
@@ -43,6 +45,8 @@ _LINE = re.compile(r"\bline:? (\d+)")
 _MISSING = re.compile(
     r"Chain '([^']+)' does not exist|Set (\S+) doesn't exist|load target `([^']+)'"
 )
+#: What iptables-save prints before the rules that says nothing of them: the date, counters of hooks.
+_VOLATILE = re.compile(r"^#.*$| \[\d+:\d+\]$", re.MULTILINE)
 _RETRYABLE = (
     "holding the xtables lock",
     "Can't lock",
@@ -73,6 +77,7 @@ class RestoreTables:
         self.variant = variant
         self._netns = netns
         self._wait = ["--wait", str(lock_wait_s)]
+        self._fingerprints: dict[tuple[str, Family], tuple[int, str]] = {}
         self._environment = dict(os.environ) | {"LC_ALL": "C"}
         if lock_file is not None:
             self._environment["XTABLES_LOCKFILE"] = lock_file
@@ -80,6 +85,23 @@ class RestoreTables:
     def dump(self, table: str, family: Family) -> TableDump:
         """See TableDriver."""
         return parse_save(self.save_text(table, family))
+
+    def fingerprint(self, table: str, family: Family) -> str:
+        """See TableDriver. Where nf_tables has made no transaction since, the last answer holds."""
+        number = self._in_netns(generation) if self.variant is Variant.NFT else None
+        known = self._fingerprints.get((table, family))
+        if known is not None and number is not None and known[0] == number:
+            return known[1]
+        # The number was read before the text: at worst the text is newer, and is read once more.
+        found = self._fingerprint(table, family)
+        if number is not None:
+            self._fingerprints[table, family] = number, found
+        return found
+
+    def _fingerprint(self, table: str, family: Family) -> str:
+        chains, mark, rules = self.save_text(table, family).partition("\n-A ")
+        text = _VOLATILE.sub("", chains) + mark + rules.rpartition("\nCOMMIT")[0]
+        return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def counters(self, table: str, family: Family) -> dict[ChainName, Counters]:
         """See TableDriver."""

@@ -282,6 +282,11 @@ class FakeTables:
             {hook: state for hook, state in hooks.items() if state.jumps},
         )
 
+    def fingerprint(self, table: str, family: Family) -> str:
+        """See TableDriver."""
+        self.calls["fingerprint"] += 1
+        return repr(self.state.get((table, family)))
+
     def counters(self, table: str, family: Family) -> dict[ChainName, tuple[tuple[int, int], ...]]:
         """See TableDriver. Nothing is ever counted."""
         self.calls["counters"] += 1

@@ -186,6 +186,12 @@ class SameAddress(NamedTuple):
     family: Family
 
 
+class IpvsTakes(NamedTuple):
+    """IPVS would take the packet, if its destination is a service (`-m bpf`)."""
+
+    family: Family
+
+
 class Limit(NamedTuple):
     """`-m limit --limit N/sec --limit-burst B`."""
 
@@ -206,6 +212,7 @@ Match = (
     | ConnmarkMatch
     | AddrType
     | SameAddress
+    | IpvsTakes
     | Limit
 )
 

@@ -109,6 +109,8 @@ class Graph:
         self._dirty: set[ObjectKey] = set()
         self._local: dict[ObjectKey, LocalPod] = {}
         self._users: dict[PolicyId, int] = {}
+        # Those whose number of users changed since the last flush, in order.
+        self._moved: dict[PolicyId, None] = {}
         self._active: dict[PolicyId, CompiledPolicy] = {}
         self._changed: set[PolicyId] = set()
 
@@ -127,6 +129,9 @@ class Graph:
         self.members.put(pod)
         self._mark(pod)
         self._mark_all(rivals)
+        if before is not None:
+            # An address that the pod gave up may have fallen to another that claims it.
+            self._mark_all(self._owners_of(before))
 
     def remove_pod(self, key: ObjectKey) -> None:
         """A pod is gone."""
@@ -244,6 +249,7 @@ class Graph:
             for local, step in ((now, 1), (before, -1)):
                 for identity in _policies_of(local):
                     self._users[identity] = self._users.get(identity, 0) + step
+                    self._moved[identity] = None
             if now is None:
                 del self._local[key]
             else:
@@ -279,14 +285,21 @@ class Graph:
         policies: dict[PolicyId, CompiledPolicy | None] = {}
         activate: list[SetKey] = []
         deactivate: list[SetKey] = []
-        for identity in [i for i, n in self._users.items() if not n]:
+        # Only these can have begun or ceased to be active: the cost is that of the change.
+        candidates = {**self._moved, **dict.fromkeys(sorted(self._changed & self._users.keys()))}
+        self._moved = {}
+        for identity in candidates:
+            if self._users[identity]:
+                continue
             del self._users[identity]
             old = self._active.pop(identity, None)
             if old is not None:
                 deactivate.extend(sets_of(old))
                 policies[identity] = None
-        for identity in self._users:
-            if identity in self._active and identity not in self._changed:
+        for identity in candidates:
+            if identity not in self._users or (
+                identity in self._active and identity not in self._changed
+            ):
                 continue
             policy = self._policies.get(identity.key)
             old = self._active.get(identity)

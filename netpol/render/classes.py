@@ -32,7 +32,7 @@ from netpol.render.options import FIRST_CLASS, NONE, OPEN, OVERFLOW, UNKNOWN, Re
 from netpol.render.policies import comment_of
 from netpol.render.static import deny
 
-_DIGIT_BITS = 4
+_DIGIT_BITS = 2
 
 
 def class_rules(key: ClassKey, options: RenderOptions, family: Family) -> Chain:

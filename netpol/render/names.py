@@ -118,6 +118,11 @@ def class_map(direction: Direction, family: Family) -> SetName:
     return _set(f"{_LETTER[direction]}MAP{int(family)}")
 
 
+def ipvs_set(family: Family) -> SetName:
+    """What IPVS takes at INPUT and judges at OUTPUT, by address and port."""
+    return _set(f"IPVS{int(family)}")
+
+
 def overflow_set(key: ClassKey, family: Family) -> SetName:
     """Addresses of the local pods of a class that got no number."""
     return _set(f"O{_LETTER[key.direction]}{int(family)}-{class_id(key)}")

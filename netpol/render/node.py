@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from netpol.model.ids import ChainName, Direction, SetName
 from netpol.model.net import FAMILIES, Family, family_of
@@ -23,6 +25,11 @@ from netpol.policy.members import PortSet, SetKey
 from netpol.policy.world import World
 from netpol.render import classes, names, policies, static
 from netpol.render.options import FIRST_CLASS, RenderOptions
+
+T = TypeVar("T")
+
+#: Policies, or address sets, of one part of `set_parts`: about a millisecond of work.
+_PART = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,42 +65,81 @@ def render_graph(
     used = classes_in_use(graph)
     if numbers is None:
         numbers = fresh_numbers(used, options)
-    sets: dict[SetName, tuple[SetSpec, dict[Member, int | None]]] = {}
-
-    def put(spec: SetSpec, members: Members) -> None:
-        sets.setdefault(spec.name, (spec, {}))[1].update(members)
-
     rulesets: dict[Family, Ruleset] = {}
     overflow = [k for k in used if k not in numbers]
     for family in FAMILIES:
         chains: dict[ChainName, Chain] = static.static_chains(options, family)
         for direction in Direction:
-            put(classes.map_spec(direction, family), {})
-            put(
-                classes.map_spec(direction, family),
-                classes.fixed_map_members(direction, options, family),
-            )
             chains |= classes.tree_chains(
                 direction, numbers, overflow, options=options, family=family
             )
-        for key in overflow:
-            put(classes.overflow_spec(key, family), {})
         for key in used:
             chains[names.class_chain(key)] = classes.class_rules(key, options, family)
         for identity, policy in graph.active_policies.items():
             for direction in identity.isolates:
                 chain = names.policy_chain(identity, direction)
                 chains[chain] = policies.policy_rules(policy, direction, family)
-            for spec, members in policies.policy_net_sets(policy, family).values():
-                put(spec, members)
-        for set_key in graph.members.active():
-            put(member_spec(set_key, family), member_values(graph, set_key, family))
-        for pod in graph.local_pods.values():
-            for spec, members in classes.pod_set_members(pod, numbers, options, family).values():
-                put(spec, members)
         hooks = {hook: names.hook_chain(hook) for hook in static.HOOKS}
         rulesets[family] = Ruleset(chains, hooks)
-    return Desired(dict(sets), rulesets)
+    sets: dict[SetName, tuple[SetSpec, Members]] = {}
+    for part in set_parts(graph, options, numbers):
+        sets.update(part)
+    return Desired(sets, rulesets)
+
+
+def set_parts(
+    graph: Graph, options: RenderOptions, numbers: Mapping[ClassKey, int]
+) -> Iterator[dict[SetName, tuple[SetSpec, Members]]]:
+    """All sets with members, some at a time, so that a reader need not do all at once.
+
+    The parts are of one moment only if the graph does not change in between.
+    """
+    for family in FAMILIES:
+        yield _pod_sets(graph, options, numbers, family)
+    for some in _batches(list(graph.active_policies.values())):
+        yield {
+            name: found
+            for policy in some
+            for family in FAMILIES
+            for name, found in policies.policy_net_sets(policy, family).items()
+        }
+    for keys in _batches(list(graph.members.active())):
+        part: dict[SetName, tuple[SetSpec, Members]] = {}
+        for key in keys:
+            for family in FAMILIES:
+                spec = member_spec(key, family)
+                part[spec.name] = spec, member_values(graph, key, family)
+        yield part
+
+
+def _pod_sets(
+    graph: Graph, options: RenderOptions, numbers: Mapping[ClassKey, int], family: Family
+) -> dict[SetName, tuple[SetSpec, Members]]:
+    """What local pods and the node itself have: maps, overflow sets, what IPVS serves."""
+    sets: dict[SetName, tuple[SetSpec, dict[Member, int | None]]] = {}
+
+    def put(spec: SetSpec, members: Members) -> None:
+        sets.setdefault(spec.name, (spec, {}))[1].update(members)
+
+    if options.ipvs_services is not None:
+        put(static.ipvs_spec(family), static.ipvs_members(options, family))
+    for direction in Direction:
+        put(
+            classes.map_spec(direction, family),
+            classes.fixed_map_members(direction, options, family),
+        )
+    for key in classes_in_use(graph):
+        if key not in numbers:
+            put(classes.overflow_spec(key, family), {})
+    for pod in graph.local_pods.values():
+        for spec, members in classes.pod_set_members(pod, numbers, options, family).values():
+            put(spec, members)
+    return dict(sets)
+
+
+def _batches(items: list[T]) -> Iterator[list[T]]:
+    for at in range(0, len(items), _PART):
+        yield items[at : at + _PART]
 
 
 def classes_in_use(graph: Graph) -> list[ClassKey]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from netpol.model.net import Prefix
+from netpol.model.ruleset import AddressPort
 
 #: Bits of the packet mark that carry a class number while a packet is judged. kube-proxy owns 0x4000
 #: and 0x8000; these twelve are free on hosts that we know.
@@ -28,6 +29,8 @@ class RenderOptions:
         pod_interfaces: interfaces behind which pods are (a bridge, or a pattern such as cali+).
         hold_ranges: pod ranges of this node whose unknown addresses are denied until known.
         own_addresses: addresses of the node's own interfaces, which are never held.
+        ipvs_services: what INPUT leaves to OUTPUT's judgement, since IPVS takes it and sends it on
+            from there; None where the kernel has no IPVS.
     """
 
     field_mask: int = DEFAULT_FIELD_MASK
@@ -37,6 +40,7 @@ class RenderOptions:
     pod_interfaces: tuple[str, ...] = ()
     hold_ranges: tuple[Prefix, ...] = ()
     own_addresses: tuple[bytes, ...] = ()
+    ipvs_services: tuple[AddressPort, ...] | None = None
 
     @property
     def shift(self) -> int:

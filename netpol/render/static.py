@@ -3,7 +3,8 @@
 The way of a packet is the same in all hooks; what differs is who may pass unjudged:
 
     FORWARD  nobody
-    INPUT    the node's own loopback; only egress is judged (the destination is the node)
+    INPUT    the node's own loopback, and what IPVS takes: that comes by OUTPUT with the backend's
+             address; of the rest only egress is judged (the destination is the node)
     OUTPUT   packets whose source is an address of the node
 
 All of it stands in mangle, where `--map-set` works and no ACCEPT of another program comes first.
@@ -12,7 +13,7 @@ All of it stands in mangle, where `--map-set` works and no ACCEPT of another pro
 from __future__ import annotations
 
 from netpol.model.ids import ChainName, Direction, Protocol
-from netpol.model.net import Family, Prefix
+from netpol.model.net import Family, Prefix, family_of
 from netpol.model.ruleset import (
     AddrType,
     Chain,
@@ -24,15 +25,20 @@ from netpol.model.ruleset import (
     Icmpv6Type,
     InInterface,
     IpProtocol,
+    IpvsTakes,
     Jump,
     Limit,
     Log,
     MapMark,
     MarkMatch,
+    Members,
     NetMatch,
     Return,
     Rule,
+    SetKind,
     SetMark,
+    SetMatch,
+    SetSpec,
     Side,
 )
 from netpol.render import names
@@ -89,29 +95,53 @@ def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
             Rule(Goto(names.SPOOFED), (NetMatch(Side.DST, _LINK_LOCAL), InInterface(i)))
             for i in options.pod_interfaces
         ]
-    out += _judge(Direction.EGRESS, options, family, check_source=hook is not Hook.OUTPUT)
+    out += _source(options, family, check=hook is not Hook.OUTPUT)
+    if hook is Hook.INPUT and options.ipvs_services is not None:
+        # After the source check, and only for pods: of others the field is 0 and nothing is asked.
+        served = SetMatch(names.ipvs_set(family), (Side.DST, Side.DST))
+        out.append(Rule(Goto(names.OK), (_in_field(options), served, IpvsTakes(family))))
+    out.append(_tree(Direction.EGRESS, options))
     if hook is not Hook.INPUT:
-        out += _judge(Direction.INGRESS, options, family, check_source=False)
+        # The field is 0 here: the tree comes back only with an allowed packet.
+        out.append(Rule(MapMark(names.class_map(Direction.INGRESS, family), Side.DST)))
+        out.append(_tree(Direction.INGRESS, options))
     return tuple(out)
 
 
-def _judge(
-    direction: Direction, options: RenderOptions, family: Family, *, check_source: bool
-) -> list[Rule]:
-    """Look up the class of one side and go through the tree; comes back with the field 0."""
+def _source(options: RenderOptions, family: Family, *, check: bool) -> list[Rule]:
+    """Look up the class of the source; on a pod interface it must have one."""
     mask = options.field_mask
-    side = Side.SRC if direction is Direction.EGRESS else Side.DST
-    out: list[Rule] = []
-    if direction is Direction.EGRESS:
-        # Afterwards the field is 0: the tree comes back only with an allowed packet.
-        out.append(Rule(SetMark(0, mask)))
-    out.append(Rule(MapMark(names.class_map(direction, family), side)))
-    if check_source:
+    out = [
+        Rule(SetMark(0, mask)),
+        Rule(MapMark(names.class_map(Direction.EGRESS, family), Side.SRC)),
+    ]
+    if check:
         out += [
             # Every local pod, isolated or not, has an entry: what has none is nobody's address.
             Rule(Goto(names.SPOOFED), (InInterface(i), MarkMatch(0, mask)))
             for i in options.pod_interfaces
         ]
-    tree = names.tree_chain(direction)
-    out.append(Rule(Jump(tree), (MarkMatch(0, mask, negate=True),)))
     return out
+
+
+def _tree(direction: Direction, options: RenderOptions) -> Rule:
+    """Go through the tree with the class that was found; comes back with the field 0."""
+    return Rule(Jump(names.tree_chain(direction)), (_in_field(options),))
+
+
+def _in_field(options: RenderOptions) -> MarkMatch:
+    return MarkMatch(0, options.field_mask, negate=True)
+
+
+# -- what IPVS serves ---------------------------------------------------------------------------
+
+
+def ipvs_spec(family: Family) -> SetSpec:
+    """The set of what IPVS serves."""
+    return SetSpec(names.ipvs_set(family), SetKind.HASH_IP_PORT, family)
+
+
+def ipvs_members(options: RenderOptions, family: Family) -> Members:
+    """Its members in one family."""
+    served = options.ipvs_services or ()
+    return {s: None for s in served if family_of(s.address) is family}

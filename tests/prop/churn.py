@@ -11,22 +11,27 @@ from typing import Any
 
 import msgspec
 
+from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.kernel.drivers import SetDriver, TableDriver
+from netpol.kernel.testing import FakeSets, FakeTables
 from netpol.model import networkpolicy as raw
+from netpol.model import objects as api
 from netpol.model.ids import ObjectKey, Protocol
 from netpol.model.labels import labels
-from netpol.model.net import parse_address, parse_prefix
-from netpol.model.objects import ContainerPort, Endpoint, Namespace, Node
+from netpol.model.net import FAMILIES, parse_address, parse_prefix
+from netpol.model.objects import ContainerPort, Endpoint, Namespace
 from netpol.model.policy import CompiledPolicy
 from netpol.policy.compile import compile_policy
 from netpol.policy.graph import Graph
 from netpol.policy.world import World
+from netpol.render.node import classes_in_use, render_graph
 from netpol.render.options import RenderOptions
 
 Json = dict[str, Any]
 
 NODE = "n1"
 NODES = tuple(
-    Node(
+    api.Node(
         name=f"n{n}",
         addresses=(parse_address(f"172.18.0.{n + 1}"), parse_address(f"fd00:18::{n + 1}")),
         pod_cidrs=(parse_prefix(f"10.0.{n}.0/24"), parse_prefix(f"fd00:0:{n}::/64")),
@@ -147,7 +152,7 @@ class Dice:
         if kind == "pod gone":
             return Event("pods", key, None)
         old: Endpoint = store[key]
-        if kind == "relabel":
+        if kind == "relabel" or old.host_network:
             return Event("pods", key, msgspec.structs.replace(old, labels=self._labels()))
         new = self._endpoint(f"o{r.randrange(self._pods)}")
         taken = msgspec.structs.replace(
@@ -182,16 +187,19 @@ class Dice:
         self._born += 1
         node, last = r.choice((1, 1, 2)), r.randrange(2, 2 + self._addresses)
         both = (parse_address(f"10.0.{node}.{last}"), parse_address(f"fd00:0:{node}::{last}"))
+        host_network = r.random() < 0.03
         return Endpoint(
             key=ObjectKey(r.choice(NAMESPACES), name),
             uid=f"u{self._born}" if r.random() < 0.3 else name,
             labels=self._labels(),
             node=f"n{node}",
-            addresses=r.choice((both, both, both[:1], both[1:], ())),
+            addresses=NODES[node - 1].addresses
+            if host_network
+            else r.choice((both, both, both[:1], both[1:], ())),
             ports=tuple(r.sample(PORTS, r.randrange(3))),
             created=f"2026-01-01T00:00:{r.randrange(60):02d}Z",
             phase=r.choice((*["Running"] * 6, "Succeeded")),
-            host_network=r.random() < 0.03,
+            host_network=host_network,
         )
 
     def _some_labels(self) -> dict[str, str]:
@@ -243,3 +251,56 @@ class Dice:
         if r.random() < 0.7 or not out:
             out["podSelector"] = self._selector()
         return out
+
+
+class Node:
+    """A node's graph and dataplane, and the kernel that its drivers reach."""
+
+    def __init__(self, field_mask: int, sets: SetDriver, tables: TableDriver) -> None:
+        self.graph = Graph(NODE)
+        self.options = options_of(field_mask)
+        self.sets, self.tables = sets, tables
+        self.start()
+
+    def start(self) -> None:
+        """A new agent: knows nothing but what the caches and the kernel tell."""
+        self.dataplane = Dataplane(self.graph, self.options)
+        self.graph.flush(together=True)
+        execute(
+            self.dataplane.reconcile(dump_kernel(self.sets, self.tables)), self.sets, self.tables
+        )
+
+    def apply(self) -> None:
+        """What the room does with a mark."""
+        while True:
+            delta = self.graph.flush()
+            if delta.empty and not self.graph.pending:
+                return
+            names = self.dataplane.returning_sets(delta)
+            returning = self.sets.dump(names) if names else {}
+            execute(self.dataplane.change(delta, returning), self.sets, self.tables)
+
+    def check(self, *, exact: bool) -> None:
+        """Compare with scratch; `exact` where the garbage was just collected."""
+        used = classes_in_use(self.graph)
+        numbers = self.dataplane.numbers.used
+        want = render_graph(self.graph, self.options, {k: numbers[k] for k in used if k in numbers})
+        have = self.sets.dump()
+        for name, (spec, members) in want.sets.items():
+            assert (have[name].spec, have[name].members) == (spec, members), name
+        for family in FAMILIES:
+            chains = self.tables.dump("mangle", family).chains
+            for name, chain in want.rulesets[family].chains.items():
+                if exact or not name.startswith(("KNP-TREE", "KNP-OVER")):
+                    assert chains[name] == chain, name
+            if exact:
+                assert set(chains) == set(want.rulesets[family].chains)
+        if exact:
+            assert set(have) == set(want.sets)
+        assert self.dataplane.drift(dump_kernel(self.sets, self.tables)) == ""
+
+
+def node(field_mask: int) -> Node:
+    """A node whose kernel is in memory."""
+    sets = FakeSets()
+    return Node(field_mask, sets, FakeTables(sets=sets))

@@ -30,6 +30,8 @@ class Packet:
         mark: fwmark on arrival.
         connmark: mark of the connection.
         local: addresses of the machine that the packet is at.
+        pkttype: to whom the frame was sent: 0 to this machine alone (PACKET_HOST), 1 to everybody.
+        chunk: type of the first chunk of SCTP; 1 is INIT.
     """
 
     src: Address
@@ -45,6 +47,8 @@ class Packet:
     mark: int = 0
     connmark: int = 0
     local: frozenset[Address] = frozenset()
+    pkttype: int = 0
+    chunk: int = 1
 
     @property
     def version(self) -> int:

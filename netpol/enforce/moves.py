@@ -1,0 +1,85 @@
+"""In which order entries of the class maps may change: what takes away before what gives.
+
+A flow needs the egress judgement of its source and the ingress judgement of its destination, which are
+two entries. If a policy event swaps which of the two denies it, an order by chance would let it pass in
+between. So every entry whose new class allows less changes first, then those whose new class allows more;
+then each state on the way is below the old one or below the new one. An entry that takes and gives (its
+policies were exchanged, not added or removed) denies in between.
+
+What a class allows is compared by the contents of its policy chains: a policy that only changed its
+selector is another one by name, but takes nothing from the pods that both versions select.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from enum import Enum
+
+from netpol.enforce.numbers import Numbers
+from netpol.model.ids import ChainName, Direction
+from netpol.model.ruleset import Jump, Rule
+from netpol.render import names
+from netpol.render.options import NONE, OPEN, OVERFLOW, UNKNOWN
+
+
+class Move(Enum):
+    """How an entry changes: what it allows shrinks, grows, or does both."""
+
+    TIGHTEN = "tighten"
+    LOOSEN = "loosen"
+    EXCHANGE = "exchange"
+
+
+#: What a class allows: the contents of its policies' chains, any of which may match; None for all.
+#: Without comments, which name the policy: one that replaces another of equal rules takes nothing.
+_Allowed = frozenset[tuple[object, ...]] | None
+
+#: An overflow class is found by a set, not by its number: nothing is known of what it allows.
+_NOT_KNOWN: _Allowed = frozenset({(OVERFLOW,)})
+_NOTHING: _Allowed = frozenset()
+
+
+class Judgements:
+    """What the numbers of one direction and family stand for once a plan's tables are written."""
+
+    def __init__(
+        self,
+        direction: Direction,
+        numbers: Numbers,
+        chains: Mapping[ChainName, tuple[object, ...]],
+        *,
+        shift: int,
+    ) -> None:
+        self._chains, self._shift = chains, shift
+        self._leaves = dict(numbers.foreign(direction))
+        for key, number in numbers.used.items():
+            if key.direction is direction:
+                self._leaves[number] = names.class_chain(key)
+
+    def move(self, old_mark: int, new_mark: int) -> Move:
+        """How an entry changes that had one mark and gets another."""
+        old, new = self._allowed(old_mark >> self._shift), self._allowed(new_mark >> self._shift)
+        if new is None:
+            return Move.LOOSEN
+        if old is None or new <= old:
+            return Move.TIGHTEN
+        return Move.LOOSEN if old <= new else Move.EXCHANGE
+
+    def _allowed(self, number: int) -> _Allowed:
+        if number in (NONE, OPEN):
+            return None
+        if number == UNKNOWN or (number not in self._leaves and number != OVERFLOW):
+            return _NOTHING
+        if number == OVERFLOW:
+            return _NOT_KNOWN
+        rules = self._chains.get(self._leaves[number], ())
+        return frozenset(
+            tuple(map(_plain, self._chains.get(r.action.chain, ())))
+            for r in rules
+            if isinstance(r, Rule) and isinstance(r.action, Jump)
+        )
+
+
+def _plain(rule: object) -> object:
+    return replace(rule, comment="") if isinstance(rule, Rule) else rule

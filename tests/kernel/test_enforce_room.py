@@ -1,0 +1,444 @@
+"""The policy room on a kernel that others write too: what it repairs, leaves out and never touches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from netpol.enforce.dataplane import dump_kernel
+from netpol.enforce.worker import PolicyRoom
+from netpol.k8s.decode import NETWORK_POLICY, decode
+from netpol.kernel.drivers import Variant
+from netpol.kernel.netns import in_netns
+from netpol.kernel.sets import NetlinkSets
+from netpol.kernel.tables import RestoreTables
+from netpol.model.ids import Direction, ObjectKey, SetName
+from netpol.model.net import FAMILIES, Family, host_prefix, parse_address
+from netpol.model.objects import Endpoint
+from netpol.model.ruleset import Member
+from netpol.policy.compile import compile_policy
+from netpol.policy.graph import Graph, sets_of
+from netpol.render import names
+from netpol.render.options import UNKNOWN
+from tests import builders as make
+from tests.prop import churn
+
+pytestmark = pytest.mark.kernel
+
+#: Looks come 50 ms after a write, then at doubling distances: what is undone at once is seen at once.
+REPAIR_S = 5.0
+TABLES = ("raw", "mangle", "nat", "filter")
+
+#: What kube-proxy and Docker have on a node, in the tables and hooks that we write and in others.
+FOREIGN_RULES = """
+*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-TCOU7JCQXEZGVUNU - [0:0]
+:DOCKER - [0:0]
+-A PREROUTING -m comment --comment "kubernetes service portals" -j KUBE-SERVICES
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A KUBE-SERVICES -d 10.96.0.10/32 -p udp -m udp --dport 53 -j KUBE-SVC-TCOU7JCQXEZGVUNU
+-A KUBE-SVC-TCOU7JCQXEZGVUNU -p udp -j DNAT --to-destination 10.0.1.2:53
+COMMIT
+*filter
+:KUBE-FORWARD - [0:0]
+:DOCKER-USER - [0:0]
+:DOCKER-ISOLATION-STAGE-1 - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -j DOCKER-ISOLATION-STAGE-1
+-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD
+-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT
+-A KUBE-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A DOCKER-USER -j RETURN
+COMMIT
+*mangle
+:KUBE-KUBELET-CANARY - [0:0]
+:KNOT - [0:0]
+-A FORWARD -m set --match-set knot src -j KNOT
+-A FORWARD -o eth0 -p tcp -m tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu
+-A OUTPUT -j KNOT
+-A KNOT -p tcp -m tcp --dport 22 -j DSCP --set-dscp 0x04
+COMMIT
+"""
+FOREIGN_SETS = """
+create knot hash:ip family inet
+add knot 192.0.2.7
+create KUBE-CLUSTER-IP hash:ip,port family inet
+add KUBE-CLUSTER-IP 10.96.0.10,udp:53
+create knp-lower hash:net family inet6
+add knp-lower 2001:db8::/32
+"""
+
+
+class Host:
+    """A node in a namespace: its room, and the hands of others."""
+
+    def __init__(self, space: str, variant: Variant, field_mask: int = churn.WIDE) -> None:
+        self.space, self.variant = space, variant
+        self.tables = RestoreTables(variant, netns=space)
+        self.field_mask = field_mask
+        self.graph = Graph(churn.NODE)
+        self.rooms = 0
+
+    def run(self, *command: str, stdin: str = "") -> str:
+        def work() -> subprocess.CompletedProcess[str]:
+            return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+
+        done = in_netns(self.space, work)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def tool(self, family: Family, tail: str = "") -> str:
+        return f"ip{'' if family is Family.V4 else '6'}tables-{self.variant}{tail}"
+
+    def iptables(self, *words: str, family: Family = Family.V4) -> None:
+        self.run(self.tool(family), "-w", *words)
+
+    def foreigners(self) -> None:
+        """Have what others put on a node."""
+        self.run("ipset", "restore", stdin=FOREIGN_SETS)
+        self.run(self.tool(Family.V4, "-restore"), "--noflush", stdin=FOREIGN_RULES)
+        only = "*mangle\n:KNOT - [0:0]\n-A FORWARD -j KNOT\n-A KNOT -j RETURN\nCOMMIT\n"
+        self.run(self.tool(Family.V6, "-restore"), "--noflush", stdin=only)
+
+    def foreign(self) -> str:
+        """Everything that is not ours, as the tools print it."""
+        out = []
+        for family in FAMILIES:
+            for table in TABLES:
+                text = self.run(self.tool(family, "-save"), "-t", table)
+                text = re.sub(r"\[\d+:\d+\]", "", text)
+                out += [
+                    line
+                    for line in text.splitlines()
+                    if not line.startswith(("#", ":KNP-", "-A KNP-")) and "-j KNP-" not in line
+                ]
+        saved = self.run("ipset", "save").splitlines()
+        return "\n".join([*out, *(s for s in saved if not s.split()[1].startswith("KNP-"))])
+
+    def tell(self, *events: churn.Event) -> None:
+        for event in events:
+            event.tell(self.graph)
+
+    @contextlib.asynccontextmanager
+    async def room(self) -> AsyncIterator[PolicyRoom]:
+        """A room that has started; it ends as an agent does, and leaves the rules."""
+        sets = in_netns(self.space, lambda: NetlinkSets(mark_mask=self.field_mask))
+        room = PolicyRoom(
+            self.graph,
+            sets=sets,
+            tables=self.tables,
+            options=churn.options_of(self.field_mask),
+        )
+        task = asyncio.create_task(room.run_forever())
+        room.start()
+        try:
+            yield room
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            room.close()
+
+    def maps(self) -> dict[SetName, dict[Member, int | None]]:
+        """The class maps of both families, whatever other sets there are."""
+        sets = in_netns(self.space, lambda: NetlinkSets(mark_mask=self.field_mask))
+        try:
+            wanted = [names.class_map(d, f) for d in Direction for f in FAMILIES]
+            return {n: dict(d.members) for n, d in sets.dump(wanted).items()}
+        finally:
+            sets.close()
+
+    def state(self) -> tuple[Any, ...]:
+        """Our part of the kernel."""
+        sets = in_netns(self.space, lambda: NetlinkSets(mark_mask=self.field_mask))
+        try:
+            dump = dump_kernel(sets, self.tables)
+        finally:
+            sets.close()
+        return (
+            {n: (d.spec, d.members) for n, d in dump.sets.items()},
+            {f: (dict(t.chains), dict(t.hooks)) for f, t in dump.tables.items()},
+        )
+
+
+async def until(what: Callable[[], bool], timeout_s: float = REPAIR_S) -> bool:
+    """Wait for something; whether it came."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while loop.time() < deadline:
+        if await asyncio.to_thread(what):
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+def pod(name: str, last: int, **labels: str) -> churn.Event:
+    made = Endpoint(
+        key=ObjectKey("a", name),
+        uid=name,
+        labels=tuple(sorted(labels.items())),
+        node=churn.NODE,
+        addresses=(parse_address(f"10.0.1.{last}"), parse_address(f"fd00:0:1::{last}")),
+    )
+    return churn.Event("pods", made.key, made)
+
+
+def policy(name: str, subject: str, *peers: make.Json) -> churn.Event:
+    """Only `peers` may reach the pods of role `subject`."""
+    text = make.policy(f"a/{name}", make.selector(role=subject), ingress=[make.ingress(*peers)])
+    made = compile_policy(decode(NETWORK_POLICY, text).value)
+    return churn.Event("policies", made.key, made)
+
+
+WORLD = (
+    pod("web", 2, role="web"),
+    pod("db", 3, role="db"),
+    pod("free", 4),
+    policy("web", "web", make.pods(role="db")),
+    policy("db", "db", make.pods(role="web"), make.block("192.0.2.0/24", "192.0.2.4/30")),
+)
+
+
+@pytest.fixture(params=list(Variant))
+def host(request: pytest.FixtureRequest, space: str) -> Host:
+    host = Host(space, request.param)
+    host.foreigners()
+    return host
+
+
+def _set_of(host: Host, prefix: str) -> str:
+    listed = host.run("ipset", "list", "-n").split()
+    return next(
+        n for n in listed if n.startswith(prefix) and "add " + n in host.run("ipset", "save")
+    )
+
+
+def _flush_chain(host: Host) -> None:
+    host.iptables("-t", "mangle", "-F", "KNP-FORWARD")
+
+
+def _delete_jump(host: Host) -> None:
+    host.iptables("-t", "mangle", "-D", "FORWARD", "-j", "KNP-FORWARD")
+
+
+def _insert_before(host: Host) -> None:
+    host.iptables("-t", "mangle", "-I", "FORWARD", "1", "-j", "KNOT")
+    host.iptables("-t", "mangle", "-I", "INPUT", "1", "-j", "KNOT", family=Family.V6)
+
+
+def _append_rule(host: Host) -> None:
+    host.iptables("-t", "mangle", "-I", "KNP-FORWARD", "1", "-j", "ACCEPT")
+
+
+def _second_jump(host: Host) -> None:
+    host.iptables("-t", "mangle", "-A", "FORWARD", "-j", "KNP-FORWARD")
+
+
+def _flush_mangle(host: Host) -> None:
+    """What a careless `iptables -F` does; the foreign rules go with ours, so they are put back."""
+    saved = host.run(host.tool(Family.V4, "-save"), "-t", "mangle")
+    own = [r for r in saved.splitlines() if "KNP-" not in r]
+    host.iptables("-t", "mangle", "-F")
+    host.iptables("-t", "mangle", "-X")
+    host.run(host.tool(Family.V4, "-restore"), stdin="\n".join(own) + "\n")
+
+
+def _delete_members(host: Host) -> None:
+    for name in host.run("ipset", "list", "-n").split():
+        if name.startswith("KNP-"):
+            host.run("ipset", "flush", name)
+
+
+def _add_members(host: Host) -> None:
+    host.run("ipset", "add", _set_of(host, "KNP-A4-"), "203.0.113.9")
+    host.run("ipset", "add", "KNP-IMAP4", "10.0.1.9", "skbmark", "0x00200000/0xfff00000")
+
+
+def _change_class(host: Host) -> None:
+    host.run("ipset", "-!", "add", "KNP-IMAP4", "10.0.1.2", "skbmark", "0x0/0xfff00000")
+
+
+def _foreign_chain_in_our_name(host: Host) -> None:
+    host.iptables("-t", "mangle", "-N", "KNP-STRANGER")
+
+
+def _foreign_set_in_our_name(host: Host) -> None:
+    host.run("ipset", "create", "KNP-A4-stranger", "hash:ip")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _flush_chain,
+        _delete_jump,
+        _insert_before,
+        _append_rule,
+        _second_jump,
+        _flush_mangle,
+        _delete_members,
+        _add_members,
+        _change_class,
+        _foreign_chain_in_our_name,
+        _foreign_set_in_our_name,
+    ],
+    ids=lambda f: f.__name__.strip("_"),
+)
+async def test_what_others_do_to_ours_is_undone(host: Host, harm: Callable[[Host], None]) -> None:
+    host.tell(*WORLD)
+    async with host.room() as room:
+        assert await until(lambda: room.ready)
+        right = host.state()
+        await asyncio.to_thread(harm, host)
+        assert host.state() != right
+        foreign = host.foreign()
+        assert await until(lambda: host.state() == right), room.status
+        assert room.status.drifts >= 1
+        assert room.status.drift
+        assert room.ready
+        assert host.foreign() == foreign
+
+
+async def test_foreign_rules_and_sets_stay_byte_for_byte(host: Host) -> None:
+    """From the first apply over changes and restarts to the last pod's end."""
+    before = host.foreign()
+    dice = churn.Dice(5, pods=8, addresses=10)
+    objects = churn.Objects()
+    host.tell(*dice.fill(3))
+    for _ in range(3):
+        async with host.room() as room:
+            assert await until(lambda room=room: room.in_sync)
+            assert host.foreign() == before
+            for _ in range(5):
+                event = dice.event(objects)
+                event.happen(objects)
+                host.tell(event)
+                room.changed()
+                assert await until(lambda room=room: room.in_sync), room.status
+            assert host.foreign() == before
+        assert host.foreign() == before
+
+
+async def test_a_restart_keeps_the_rules_and_writes_only_the_difference(host: Host) -> None:
+    host.tell(*WORLD)
+    async with host.room() as room:
+        assert await until(lambda: room.ready)
+    right = host.state()
+    async with host.room() as room:
+        assert await until(lambda: room.ready)
+        assert room.status.applies == 0
+        assert host.state() == right
+    host.tell(pod("more", 5, role="web"))
+    async with host.room() as room:
+        assert await until(lambda: room.ready)
+        assert (room.status.applies, room.status.table_transactions) == (1, 0)
+
+
+async def test_garbage_goes_after_a_while(host: Host) -> None:
+    host.tell(*WORLD)
+    async with host.room() as room:
+        assert await until(lambda: room.ready)
+        full = host.run("ipset", "list", "-n").split()
+        host.tell(
+            churn.Event("policies", ObjectKey("a", "web"), None),
+            churn.Event("policies", ObjectKey("a", "db"), None),
+        )
+        room.changed()
+        assert await until(lambda: room.in_sync)
+
+        def clean() -> bool:
+            listed = set(host.run("ipset", "list", "-n").split())
+            mangle = host.run(host.tool(Family.V4, "-save"), "-t", "mangle")
+            kept = {"KNP-IMAP4", "KNP-IMAP6", "KNP-EMAP4", "KNP-EMAP6"}
+            ours = {n for n in listed if n.startswith("KNP-")}
+            return ours == kept and "KNP-PI-" not in mangle and "KNP-CI-" not in mangle
+
+        assert not clean()
+        assert await until(clean, 8.0), room.status
+        assert len(full) > 4
+        assert room.status.failures == 0, room.status.error
+
+
+async def test_a_changed_block_leaves_no_set_behind(host: Host) -> None:
+    """Sets of prefixes are named by their contents: each edit of a policy makes a new one."""
+    host.tell(*WORLD)
+    async with host.room() as room:
+        assert await until(lambda: room.ready)
+        for hole in ("192.0.2.8/30", "192.0.2.16/30", "192.0.2.32/30"):
+            host.tell(policy("db", "db", make.block("192.0.2.0/24", hole)))
+            room.changed()
+            assert await until(lambda: room.in_sync)
+
+        def one() -> bool:
+            listed = host.run("ipset", "list", "-n").split()
+            return sum(n.startswith("KNP-N4-") for n in listed) == 1
+
+        assert await until(one, 8.0)
+
+
+@pytest.mark.parametrize("kind", ["bitmap:port range 0-99", "hash:net", "hash:ip timeout 9"])
+async def test_a_refused_policy_stays_alone(host: Host, kind: str) -> None:
+    """A foreign set of another type has the name that a policy needs: all others are up to date."""
+    squatted = names.member_set(
+        next(iter(_peers_of(policy("x", "web", make.pods(role="squat"))))), Family.V4
+    )
+    host.tell(*WORLD)
+    async with host.room() as room:
+        assert await until(lambda: room.ready)
+        right = host.state()
+        host.run("ipset", "create", squatted, *kind.split())
+        # It selects a pod that has rules already, then one that has none.
+        host.tell(policy("bad", "db", make.pods(role="squat")))
+        room.changed()
+        assert await until(lambda: room.in_sync and bool(room.dataplane.refusals)), room.status
+        host.tell(pod("new", 7, role="db"), pod("web2", 8, role="web"))
+        room.changed()
+        assert await until(lambda: room.in_sync)
+        assert list(room.dataplane.refusals.reasons()) == [ObjectKey("a", "bad")]
+        sets_before, sets_now = right[0], host.maps()
+        old = host_prefix(parse_address("10.0.1.3"))
+        kept = names.class_map(Direction.INGRESS, Family.V4)
+        assert sets_now[kept][old] == sets_before[kept][1][old], "the pod keeps its last rules"
+        fresh = sets_now[kept][host_prefix(parse_address("10.0.1.7"))]
+        assert fresh == churn.options_of(host.field_mask).mark(UNKNOWN), "one without rules is held"
+        web = sets_now[kept][host_prefix(parse_address("10.0.1.2"))]
+        assert sets_now[kept][host_prefix(parse_address("10.0.1.8"))] == web
+        # Another policy still changes in the meantime.
+        host.tell(policy("web", "web", make.pods(role="other")))
+        room.changed()
+        assert await until(lambda: room.in_sync)
+        assert names.member_set(
+            next(iter(_peers_of(policy("x", "web", make.pods(role="other"))))), Family.V4
+        ) in host.run("ipset", "list", "-n")
+        # The cure: the policy changes to what can be applied.
+        host.tell(policy("bad", "db", make.pods(role="web")))
+        room.changed()
+        assert await until(lambda: room.in_sync and not room.dataplane.refusals)
+        final = host.maps()[kept]
+        assert final[old] == final[host_prefix(parse_address("10.0.1.7"))]
+        assert final[old] != sets_before[kept][1][old]
+        assert kind.split(maxsplit=1)[0] in host.run("ipset", "list", squatted)
+
+
+@pytest.mark.parametrize("kind", ["bitmap:port range 0-99", "hash:net"])
+async def test_a_foreign_set_in_the_place_of_a_class_map_is_said(host: Host, kind: str) -> None:
+    """Nothing works without it; once it is gone, everything does."""
+    host.run("ipset", "create", "KNP-IMAP4", *kind.split())
+    host.tell(*WORLD)
+    async with host.room() as room:
+        assert await until(lambda: bool(room.status.error))
+        assert "KNP-IMAP4" in room.status.error
+        assert not room.ready
+        host.run("ipset", "destroy", "KNP-IMAP4")
+        assert await until(lambda: room.ready, 10.0), room.status
+        assert room.status.error == ""
+
+
+def _peers_of(event: churn.Event) -> list[object]:
+    return list(sets_of(event.value))
