@@ -17,6 +17,8 @@ from bench.worlds import Cluster, Json, Shape
 JOINS, CHANGES, COLD_STARTS = 150, 60, 3
 #: Mean pause between events: long enough that the room looks for drift in between, as it does in life.
 PAUSE_S = 0.06
+#: After a table transaction the tables are read back once; the measurement begins when that is over.
+SETTLED_S = 1.0
 
 
 def pod_join() -> Iterator[Row]:
@@ -76,6 +78,7 @@ async def _pod_join(shape: Shape, name: str, *, target: float | None) -> Row:
     task = await node.start(lists(cluster))
     twins = [msgspec.json.encode(_twin(cluster, rng, i)) for i in range(JOINS)]
     await _warm(node, twins[0])
+    await asyncio.sleep(SETTLED_S)
     settle()
     transactions, applies = node.room.status.table_transactions, node.room.status.applies
     joins, leaves = [], []

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from netpol.enforce.moves import Judgements, Move
+from netpol.enforce.moves import Judgements, Move, crosses
 from netpol.enforce.numbers import Numbers, leaves_of
 from netpol.enforce.plan import (
     MAPS,
@@ -299,6 +299,7 @@ class Dataplane:
             moved=self._moves(entries, self._applied.chains),
             recreated=frozenset(recreated),
             held_mark=self.options.mark(UNKNOWN),
+            crossing=crosses(delta, self.graph.active_policies.values()),
         )
 
     def _moves(

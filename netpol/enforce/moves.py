@@ -12,13 +12,17 @@ selector is another one by name, but takes nothing from the pods that both versi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from enum import Enum
 
 from netpol.enforce.numbers import Numbers
 from netpol.model.ids import ChainName, Direction
+from netpol.model.net import family_of
+from netpol.model.policy import CompiledPolicy
 from netpol.model.ruleset import Jump, Rule
+from netpol.policy.graph import GraphDelta, rule_sets
 from netpol.render import names
 from netpol.render.options import NONE, OPEN, OVERFLOW, UNKNOWN
 
@@ -83,3 +87,29 @@ class Judgements:
 
 def _plain(rule: object) -> object:
     return replace(rule, comment="") if isinstance(rule, Rule) else rule
+
+
+def crosses(delta: GraphDelta, policies: Iterable[CompiledPolicy]) -> bool:
+    """Whether one end of a flow may gain by a delta what the other end loses by it.
+
+    That takes two pods (a namespace that is labelled anew), and a set that grows in the rules of one
+    direction while one shrinks in those of the other. Members usually come before others go, so that
+    whoever moves from one set to another loses nothing; here they must come after.
+    """
+    gains, losses = set(), set()
+    addresses: set[bytes] = set()
+    for key, change in delta.set_deltas.items():
+        for address, (old, new) in change.changes.items():
+            addresses.add(address)
+            if set(new or ()) - set(old or ()):
+                gains.add(key)
+            if set(old or ()) - set(new or ()):
+                losses.add(key)
+    if not gains or not losses or max(Counter(map(family_of, addresses)).values()) < 2:
+        return False
+    used = {
+        d: {k for p in policies for rule in p.rules(d) for k in rule_sets(rule, d)}
+        for d in Direction
+    }
+    ingress, egress = used[Direction.INGRESS], used[Direction.EGRESS]
+    return bool((gains & ingress and losses & egress) or (gains & egress and losses & ingress))

@@ -88,6 +88,7 @@ def assemble(
     moved: Mapping[MapEntry, Move],
     recreated: frozenset[Prefix] = frozenset(),
     held_mark: int = 0,
+    crossing: bool = False,
 ) -> Plan:
     """Put changes in order.
 
@@ -97,6 +98,7 @@ def assemble(
         moved: map entries that exist and change, and how.
         recreated: host prefixes that another pod holds now: they are held, then appear.
         held_mark: the mark of a held address.
+        crossing: members that a set gains wait until all sets have lost theirs (see `moves.crosses`).
     """
     leave: list[SetOp] = []
     early: list[SetOp] = []
@@ -137,7 +139,7 @@ def assemble(
             if item.add:
                 early.append(AddMembers(spec, item.add))
             continue
-        held = {m: v for m, v in item.add.items() if address_of(spec, m) in moving}
+        held = {m: v for m, v in item.add.items() if crossing or address_of(spec, m) in moving}
         at_once = {m: v for m, v in item.add.items() if m not in held}
         if at_once:
             early.append(AddMembers(spec, at_once))

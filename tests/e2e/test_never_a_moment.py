@@ -196,8 +196,9 @@ class Churn:
         self.api.policy(policy(f"{NS}/edited", spec))
 
     def _more_policy(self) -> None:
+        others = {"matchExpressions": [{"key": "cross", "operator": "DoesNotExist"}]}
         spec = {
-            "podSelector": self.random.choice(({}, {"matchLabels": {"app": "server"}})),
+            "podSelector": self.random.choice((others, {"matchLabels": {"app": "server"}})),
             "policyTypes": ["Egress"],
             "egress": [{}],
         }

@@ -27,7 +27,7 @@ from netpol.kernel.testing import FakeSets, FakeTables
 from netpol.model.flow import Flow, Party, PartyKind, Verdict
 from netpol.model.ids import ObjectKey, Protocol
 from netpol.model.net import FAMILIES, Prefix, family_of, format_address, parse_address
-from netpol.model.objects import Endpoint
+from netpol.model.objects import Endpoint, Namespace
 from netpol.model.ruleset import Ruleset
 from netpol.policy.compile import compile_policy
 from netpol.policy.evaluate import evaluate
@@ -383,6 +383,10 @@ def policy(name: str, subject: make.Json, types: str, **rules: list[make.Json]) 
     return churn.Event("policies", made.key, made)
 
 
+def space(team: str) -> churn.Event:
+    return churn.Event("namespaces", "a", Namespace(name="a", labels=(("team", team),)))
+
+
 def gone(event: churn.Event) -> churn.Event:
     return churn.Event(event.kind, event.key, None)
 
@@ -393,7 +397,13 @@ def role(name: str) -> make.Json:
 
 #: Whoever is new may not speak, and is the only one that q would hear.
 MUTE = policy("mute", role("new"), "Egress")
-HEARS = policy("hears", role("q"), "Ingress", ingress=[make.ingress(make.pods(role="new"))])
+HEARD = [make.ingress(make.pods(role="new"))]
+HEARS = policy("hears", role("q"), "Ingress", ingress=HEARD)
+Q = pod("q", 5, role="q")
+P = pod("p", 6, role="p")
+#: p may call pods of namespaces x, q hears those of namespaces y.
+CALLS_X = policy("calls", role("p"), "Egress", egress=[make.egress(make.namespaces(team="x"))])
+HEARS_Y = policy("heard", role("q"), "Ingress", ingress=[make.ingress(make.namespaces(team="y"))])
 #: All crossed pods hear everybody and may not speak; y hears nobody by another policy.
 CROSS = policy("cross", make.selector(cross="1"), "Ingress Egress", ingress=[make.ingress()])
 CLOSED = policy("closed", role("y"), "Ingress")
@@ -403,17 +413,26 @@ OTHER = pod("other", 4, created=9, role="new")
 
 CASES = {
     "a pod changes what it may say and who hears it": (
-        [MUTE, HEARS, OLD, pod("q", 5, role="q")],
+        [MUTE, HEARS, OLD, Q],
         [NEW],
     ),
-    "and back": ([MUTE, HEARS, NEW, pod("q", 5, role="q")], [OLD]),
+    "and back": ([MUTE, HEARS, NEW, Q], [OLD]),
     "a pod's address goes to another": (
-        [MUTE, HEARS, OLD, pod("q", 5, role="q")],
+        [MUTE, HEARS, OLD, Q],
         [OTHER, gone(OLD)],
     ),
-    "another pod claims an address": ([MUTE, HEARS, OLD, pod("q", 5, role="q")], [OTHER]),
+    "an address that nobody may reach goes to another": (
+        [policy("shut", {}, "Ingress"), OLD, Q],
+        [OTHER],
+    ),
+    "a namespace changes who hears its pods and whom they may call": (
+        [space("x"), CALLS_X, HEARS_Y, P, Q],
+        [space("y")],
+    ),
+    "and its other way round": ([space("y"), CALLS_X, HEARS_Y, P, Q], [space("x")]),
+    "another pod claims an address": ([MUTE, HEARS, OLD, Q], [OTHER]),
     "an address falls back to who had it": (
-        [MUTE, HEARS, NEW, pod("o", 4, created=9, role="old"), pod("q", 5, role="q")],
+        [MUTE, HEARS, NEW, pod("o", 4, created=9, role="old"), Q],
         [pod("o", 6, created=9, role="old")],
     ),
     "a policy that denied one direction and allowed the other goes": (
@@ -449,3 +468,26 @@ def test_a_hard_case(case: str, hold: bool, field_mask: int) -> None:
         options = replace(options, hold_ranges=())
     node = Node(objects, options)
     step_by_step(node, events)
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [pod("p", 4, role="new", tier="1")],
+        [policy("more", {}, "Egress", egress=[make.egress()])],
+        [gone(HEARS), policy("renamed", role("q"), "Ingress", ingress=HEARD)],
+        [
+            policy(
+                "hears", make.selector(make.term("role", "In", "q", "r")), "Ingress", ingress=HEARD
+            )
+        ],
+    ],
+    ids=["another label", "one more policy", "renamed", "another selector"],
+)
+def test_what_takes_nothing_loses_nothing(events: list[churn.Event]) -> None:
+    """Not even for the pods whose class changes by it."""
+    objects = churn.Objects()
+    for event in (HEARS, policy("tier", make.selector(tier="1"), "Egress", egress=[{}]), NEW, Q):
+        event.happen(objects)
+    lost = step_by_step(Node(objects, churn.options_of(churn.WIDE)), events)
+    assert not lost
