@@ -234,6 +234,8 @@ def check(settings: Settings) -> list[str]:
         out.append("--hold-unknown-pods on: needed --pod-ranges beside it, got none")
     if settings.api_server and not settings.api_server.startswith(("http://", "https://")):
         out.append(f"--api-server: needed http:// or https://, got {settings.api_server!r}")
+    if not settings.policy:
+        out.append("--no-policy: policy is the only room of this version")
     if settings.api_server and settings.kubeconfig:
         out.append("--api-server and --kubeconfig: needed one of them, got both")
     for name in ("kubeconfig", "ca_file", "token_file"):

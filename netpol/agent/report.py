@@ -139,6 +139,11 @@ class Report:
         )
         yield counter("drifts", "Times the kernel was found changed by somebody else", room.drifts)
         yield gauge(
+            "refused_policies",
+            "Policies that the kernel does not take",
+            len(self.room.dataplane.refusals.policies),
+        )
+        yield gauge(
             "invalid_policies",
             "Policies with parts that the API would refuse",
             len(self.feed.problems),

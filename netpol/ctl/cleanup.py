@@ -24,7 +24,7 @@ from netpol.lib.errors import KernelMissingError, NetpolError, NoAnswerError
 from netpol.model.net import FAMILIES, Family
 from netpol.model.ruleset import Hook
 
-#: Tables that netpol writes (filter only with --deny-with=reject).
+#: Tables that netpol writes; of filter only what a version to come may leave.
 TABLES = ("mangle", "filter")
 
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 #: After a write the kernel is read back at growing intervals, since whoever undoes us does it soon.
 FIRST_CHECK_S = 0.05
-LAST_CHECK_S = 3600.0
+LAST_CHECK_S = 30.0
 #: Quiet time before looks go into the members of sets; those before see tables only.
 MEMBERS_AFTER_S = 0.4
 #: How often the hold of a fresh node is tried, since another program may have the xtables lock.

@@ -49,6 +49,7 @@ class Demo:
         self._up = ["--iptables", args.iptables] if args.iptables else []
         self._state = STATE_ROOT / args.name
         self._bin = Path(sys.executable).parent
+        self._address = ""
         self._colour = sys.stdout.isatty()
         self._env = {**os.environ, "PATH": f"{self._bin}:{os.environ.get('PATH', '')}"}
 
@@ -78,7 +79,9 @@ class Demo:
 
     def _audit(self) -> None:
         self._chapter("One denied packet, and the audit log's line about it")
-        address = self._kubectl("get", "pod", "-n", "shop", "db", "-o", "jsonpath={.status.podIP}")
+        self._address = address = self._kubectl(
+            "get", "pod", "-n", "shop", "db", "-o", "jsonpath={.status.podIP}"
+        )
         node = self._kubectl("get", "pod", "-n", "shop", "web", "-o", "jsonpath={.spec.nodeName}")
         # The port is nobody's, so that no line of the probes above can be mistaken for this one.
         dial = ["nc", "-z", "-v", "-w", "1", address, "5433"]
@@ -119,7 +122,7 @@ class Demo:
             "kubectl label pod -n shop web app=api --overwrite   # then probe again",
             f"netpol-ctl lab probe {' '.join(self._extra)}".rstrip(),
             "netpol-ctl explain shop/web --to shop/db --port 5432/tcp --fix",
-            "kubectl exec -n shop api -- nc -z -v -w 1 db 5432",
+            f"kubectl exec -n shop api -- nc -z -v -w 1 {self._address} 5432",
             f"netpol-ctl lab exec {' '.join([*self._extra, 'node1', '--'])} iptables -t mangle -vnL",
             f"netpol-ctl lab down {' '.join(self._extra)}".rstrip(),
         ):
