@@ -231,5 +231,7 @@ class Dice:
         for _ in range(r.randrange(3)):
             if length < top:
                 hole = r.randrange(max(length + 1, top - 3), top + 1)
-                excepts.append(str(ipaddress.ip_network(f"{r.choice(inside)}/{hole}", strict=False)))
+                excepts.append(
+                    str(ipaddress.ip_network(f"{r.choice(inside)}/{hole}", strict=False))
+                )
         return {"cidr": str(net), **({"except": excepts} if excepts else {})}

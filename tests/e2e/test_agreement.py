@@ -35,7 +35,9 @@ def _addresses(lab: Lab) -> list[str]:
     pods = json.loads(lab.kubectl("get", "pods", "-A", "-o", "json"))["items"]
     nodes = json.loads(lab.kubectl("get", "nodes", "-o", "json"))["items"]
     own = [a["address"] for n in nodes for a in n["status"]["addresses"]]
-    return [i["ip"] for p in pods for i in p["status"]["podIPs"]] + [a for a in own if a[0].isdigit()]
+    return [i["ip"] for p in pods for i in p["status"]["podIPs"]] + [
+        a for a in own if a[0].isdigit()
+    ]
 
 
 def test_without_policies_everything_passes(lab: Lab) -> None:

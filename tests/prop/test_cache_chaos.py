@@ -26,14 +26,14 @@ NAMES = [f"p{i}" for i in range(25)]
 class DeletesNothing(Store):
     """The defect that a relist is there to prevent: what went unseen stays."""
 
-    def finish_listing(self, unseen, resource_version):  # noqa: ARG002
+    def finish_listing(self, unseen, resource_version):
         return super().finish_listing(set(), resource_version)
 
 
 class TakesAnything(Store):
     """The defect that versions are compared for."""
 
-    def _is_stale(self, key, version, *, listed):  # noqa: ARG002
+    def _is_stale(self, key, version, *, listed):
         return False
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from netpol.enforce.dataplane import Dataplane, dump_kernel
-from netpol.enforce.plan import MAPS, Plan
+from netpol.enforce.plan import MAPS, Plan, address_of
 from netpol.k8s.decode import NETWORK_POLICY, decode
 from netpol.kernel.drivers import AddMembers, DeleteMembers, SetTransaction
 from netpol.kernel.testing import FakeSets, FakeTables
@@ -153,8 +153,9 @@ class Watch:
     """Walks all flows that must not change, after every step.
 
     Attributes:
-        moving: addresses that change their own class, or their pod: new connections to and from them may
-            be lost in between, which is the price of never letting a forbidden one pass.
+        moving: addresses that change their own class, or their pod, or cross (see `moving`): new
+            connections to and from them may be lost in between, which is the price of never letting a
+            forbidden one pass.
         lost: how many of those were.
     """
 
@@ -207,12 +208,24 @@ def _text(quad: Quad) -> str:
 
 
 def moving(plan: Plan) -> set[bytes]:
-    """Addresses whose entry in a class map changes or goes."""
+    """Addresses whose entry in a class map changes or goes, or that leave a set before they enter another.
+
+    The latter only where two pods change at once in a way that `moves.crosses` tells.
+    """
     out: set[bytes] = set()
+    left: set[bytes] = set()
     for step in plan.steps:
         for op in step.ops if isinstance(step, SetTransaction) else ():
-            if isinstance(op, AddMembers | DeleteMembers) and op.spec.name in MAPS:
+            if not isinstance(op, AddMembers | DeleteMembers):
+                continue
+            if op.spec.name in MAPS:
                 out |= {m.address for m in op.members if isinstance(m, Prefix)}
+                continue
+            speaks_of = {a for m in op.members if (a := address_of(op.spec, m)) is not None}
+            if isinstance(op, DeleteMembers):
+                left |= speaks_of
+            else:
+                out |= speaks_of & left
     return out
 
 
