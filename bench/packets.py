@@ -18,7 +18,8 @@ from bench.measure import Row, interleaved, settle
 from bench.node import OPTIONS
 from bench.spaces import spaces
 from bench.wire import Frames, Router, syn
-from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import dump_kernel, execute
 from netpol.k8s.decode import KINDS, decode
 from netpol.kernel.drivers import Variant
 from netpol.kernel.netns import in_netns

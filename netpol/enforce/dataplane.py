@@ -3,7 +3,8 @@
 Owns what was applied (chains, numbers, which sets exist) and how to get from there to what is wanted:
 `change` for a delta of the graph (what it costs depends on the delta alone), `reconcile` for everything
 (start, drift, after a failure), `collect` for what nothing leads to any more. All three are pure: they
-return a `Plan`; `execute` is the only one that touches the kernel, and `done` records that it did.
+return a `Plan` and record it as applied; `kernel_state.execute` applies it, and after a failure the next
+plan is a `reconcile`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from netpol.enforce.kernel_state import KernelDump
 from netpol.enforce.moves import Judgements, Move, crosses
 from netpol.enforce.numbers import Numbers, leaves_of
 from netpol.enforce.plan import (
@@ -20,7 +22,6 @@ from netpol.enforce.plan import (
     MapEntry,
     Plan,
     SetChange,
-    Step,
     TableChange,
     assemble,
     garbage,
@@ -28,17 +29,7 @@ from netpol.enforce.plan import (
     set_differences,
 )
 from netpol.enforce.refusal import Refusals, withhold
-from netpol.kernel.drivers import (
-    HookState,
-    SetDriver,
-    SetDump,
-    SetError,
-    SetTransaction,
-    TableDriver,
-    TableDump,
-    TableError,
-)
-from netpol.lib.errors import KernelError
+from netpol.kernel.drivers import HookState, SetDump, SetError, TableDump
 from netpol.model.ids import ChainName, Direction, SetName
 from netpol.model.net import FAMILIES, Family, Prefix, family_of
 from netpol.model.ruleset import AddressPort, Chain, Member, Members, SetSpec
@@ -55,45 +46,11 @@ from netpol.render.node import (
 )
 from netpol.render.options import UNKNOWN, RenderOptions
 
-TABLE = "mangle"
-
 #: A chain that the kernel does not have, unlike any chain that it has.
 _ABSENT: object = object()
 
 #: The change of a set in the plan that is being made; made on first use.
 _At = Callable[[SetSpec], SetChange]
-
-
-@dataclass(frozen=True, slots=True)
-class KernelDump:
-    """Everything of ours in the kernel, at one look."""
-
-    sets: Mapping[SetName, SetDump]
-    tables: Mapping[Family, TableDump]
-    # Sets under our prefix that are not what we make, and why.
-    strange: Mapping[SetName, str] = field(default_factory=dict)
-
-
-def dump_kernel(sets: SetDriver, tables: TableDriver) -> KernelDump:
-    """Read everything of ours (blocking)."""
-    found, strange = _dump_sets(sets)
-    return KernelDump(found, {f: tables.dump(TABLE, f) for f in FAMILIES}, strange)
-
-
-def _dump_sets(sets: SetDriver) -> tuple[dict[SetName, SetDump], dict[SetName, str]]:
-    try:
-        return sets.dump(), {}
-    except SetError:
-        found: dict[SetName, SetDump] = {}
-        strange: dict[SetName, str] = {}
-    for name in sets.headers():
-        try:
-            found |= sets.dump([name])
-        except SetError as e:
-            if name in MAPS:
-                raise  # nothing works without the class maps
-            strange[name] = str(e)
-    return found, strange
 
 
 def _without_mismatches(dump: KernelDump, desired: Desired) -> KernelDump:
@@ -109,26 +66,6 @@ def _without_mismatches(dump: KernelDump, desired: Desired) -> KernelDump:
         raise SetError(strange[name], name=name, code=errno.EEXIST)
     left = {n: d for n, d in dump.sets.items() if n not in strange}
     return replace(dump, sets=left, strange={**dump.strange, **strange})
-
-
-class StepError(KernelError):
-    """A step of a plan was refused; the driver's error is the cause."""
-
-    def __init__(self, step: Step, error: KernelError) -> None:
-        super().__init__(str(error))
-        self.step, self.error = step, error
-
-
-def execute(plan: Plan, sets: SetDriver, tables: TableDriver) -> None:
-    """Apply a plan (blocking). Raises StepError; steps before it stay applied."""
-    for step in plan.steps:
-        try:
-            if isinstance(step, SetTransaction):
-                sets.apply(step)
-            else:
-                tables.apply(step)
-        except (SetError, TableError) as e:
-            raise StepError(step, e) from e
 
 
 @dataclass(slots=True)

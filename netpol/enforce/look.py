@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
-from netpol.enforce.dataplane import TABLE, Dataplane, KernelDump, dump_kernel
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import TABLE, KernelDump, dump_kernel
 from netpol.enforce.plan import set_differences
 from netpol.kernel.drivers import SetDriver, SetDump, TableDriver
 from netpol.model.ids import SetName

@@ -18,7 +18,8 @@ import structlog
 
 from netpol.aio.clock import Clock, SystemClock
 from netpol.aio.runner import BoundedRunner
-from netpol.enforce.dataplane import Dataplane, KernelDump, StepError, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import KernelDump, StepError, dump_kernel, execute
 from netpol.enforce.look import Look
 from netpol.enforce.plan import Plan
 from netpol.kernel.drivers import SetDriver, SetError, TableDriver, TableError

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import dump_kernel, execute
 from netpol.kernel.drivers import Variant
 from netpol.kernel.netns import in_netns
 from netpol.kernel.sets import NetlinkSets

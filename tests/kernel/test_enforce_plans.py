@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import dump_kernel, execute
 from netpol.enforce.plan import Plan
 from netpol.kernel.drivers import SetTransaction, Variant
 from netpol.kernel.netns import in_netns

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from netpol.enforce.dataplane import dump_kernel
+from netpol.enforce.kernel_state import dump_kernel
 from netpol.enforce.worker import PolicyRoom
 from netpol.k8s.decode import NETWORK_POLICY, decode
 from netpol.kernel.drivers import Variant

@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import dump_kernel, execute
 from netpol.kernel.drivers import SetDriver, TableDriver
 from netpol.kernel.testing import FakeSets, FakeTables
 from netpol.model import networkpolicy as raw

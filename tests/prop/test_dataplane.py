@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import dump_kernel, execute
 from tests.prop import churn
 
 STEPS = 60

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from netpol.enforce.dataplane import Dataplane, dump_kernel
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import dump_kernel
 from netpol.enforce.plan import MAPS, Plan, address_of
 from netpol.k8s.decode import NETWORK_POLICY, decode
 from netpol.kernel.drivers import AddMembers, DeleteMembers, SetTransaction

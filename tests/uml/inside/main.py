@@ -18,7 +18,8 @@ from typing import Any
 
 from pyroute2 import IPVS, IPVSDest, IPVSService
 
-from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import dump_kernel, execute
 from netpol.enforce.served import IpvsWatch
 from netpol.kernel.drivers import Variant
 from netpol.kernel.links import own_addresses

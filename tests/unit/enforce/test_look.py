@@ -2,7 +2,8 @@
 
 import pytest
 
-from netpol.enforce.dataplane import TABLE, Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import TABLE, dump_kernel, execute
 from netpol.enforce.look import Look
 from netpol.kernel.testing import FakeSets, FakeTables
 from netpol.model.ids import ChainName, ObjectKey

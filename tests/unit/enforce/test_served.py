@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from netpol.enforce.dataplane import Dataplane, dump_kernel, execute
+from netpol.enforce.dataplane import Dataplane
+from netpol.enforce.kernel_state import dump_kernel, execute
 from netpol.enforce.served import IpvsWatch, served_by
 from netpol.enforce.worker import PolicyRoom
 from netpol.kernel.drivers import AddMembers, SetTransaction
