@@ -7,6 +7,7 @@ the flags, with - or _). Every fault of all three is reported together, before a
 from __future__ import annotations
 
 import argparse
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,8 +18,8 @@ from netpol.lib.errors import InputError
 from netpol.model.net import Prefix, parse_prefix
 from netpol.render.options import DEFAULT_FIELD_MASK, DEFAULT_NFLOG_GROUP, field_mask_fault
 
-#: Longest interface name (IFNAMSIZ - 1).
-_INTERFACE_MAX = 15
+#: An interface name as the kernel and iptables take it (IFNAMSIZ - 1), + as a wildcard at its end.
+_INTERFACE = re.compile(r"(?!\+$)[A-Za-z0-9_.@:-]{0,14}[A-Za-z0-9_.@:+-]")
 #: nf_log groups are 16 bits.
 _GROUP_MAX = 65535
 
@@ -43,7 +44,7 @@ class Settings:
     ca_file: str = _setting("", "CA certificates for --api-server")
     admin_socket: str = _setting("/run/netpol/agent.sock", "unix socket for netpol-ctl")
     state_dir: str = _setting(
-        "/run/netpol", "where the agent keeps what it must know after a restart"
+        "/var/lib/netpol", "where the agent keeps what it must know after a restart"
     )
     health_addr: str = _setting(
         "0.0.0.0:9461", "ADDRESS:PORT of /healthz, /readyz and /metrics; '' for none"
@@ -228,7 +229,7 @@ def check(settings: Settings) -> list[str]:
     out += [
         f"--pod-interfaces: needed an interface name, got {name!r}"
         for name in settings.pod_interfaces
-        if not name or len(name) > _INTERFACE_MAX or name == "+" or {"/", " "} & set(name)
+        if not _INTERFACE.fullmatch(name)
     ]
     if settings.hold_unknown_pods == "on" and not settings.pod_ranges:
         out.append("--hold-unknown-pods on: needed --pod-ranges beside it, got none")

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class AdminServer:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._lock()
             with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISSOCK(self._path.lstat().st_mode):
+                    self._unlock()
+                    raise InputError(
+                        f"admin socket {self._path}", needed="a path of its own", got="another file"
+                    )
                 self._path.unlink()
             listening = self._listen()
         except OSError as e:

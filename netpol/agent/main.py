@@ -50,6 +50,8 @@ from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
 from netpol.kernel.variant import detect
 from netpol.lib.errors import InputError, KernelMissingError, NetpolError, NoAnswerError
+from netpol.model.ids import ObjectKey
+from netpol.model.objects import Endpoint
 from netpol.policy.graph import Graph
 
 _log = structlog.get_logger("netpol")
@@ -145,7 +147,7 @@ class Agent:
             before_reconcile=self._facts.options,
             applied=self._applied,
         )
-        self.feed = Feed(self.graph, self.room.changed)
+        self.feed = Feed(self.graph, self.room.changed, cluster=self._cluster_pod)
         self._api: Api | None = None
         self._watches: informers.InformerSet | None = None
         self._peers_since_s = 0.0
@@ -224,6 +226,11 @@ class Agent:
             node=self.settings.node,
         )
 
+    def _cluster_pod(self, key: ObjectKey) -> Endpoint | None:
+        informer = self._watches.get(_CLUSTER_PODS) if self._watches else None
+        pod: Endpoint | None = informer.store.get(key) if informer is not None else None
+        return pod
+
     def _objects(self, watch: str) -> list[Any]:
         informer = self._watches.get(watch) if self._watches else None
         return list(informer.store) if informer is not None else []
@@ -243,7 +250,8 @@ class Agent:
         _log.info(
             "starting", version=__version__, node=self.settings.node, **self._facts.describe()
         )
-        if await self.room.hold():
+        await self.room.check_mask()
+        if not self._facts.has_pods() and await self.room.hold():
             _log.info("fresh node", hold=[str(r) for r in self._facts.options().hold_ranges])
         self._api = await self._connect()
         self._watches = informers.InformerSet(self._api, on_death=self._task_died)
@@ -310,15 +318,15 @@ class Agent:
         namespaces.store.subscribe(self.feed.namespace)
         policies = watches.start(KINDS["NetworkPolicy"])
         policies.store.subscribe(self.feed.policy)
-        nodes = watches.start(
-            KINDS["Node"], selection=Selection(fields=(f"metadata.name={self.settings.node}",))
-        )
-        nodes.store.subscribe(lambda change: self._facts.node_changed(change.after))
         await watches.wait_synced()
         # Classes are known now; whether their policies have peers decides about the great watch.
         self.graph.flush(together=True)
         await self._mind_peers(wait=True)
         self.room.start()
+        # For the names in the audit log; policy does not wait for it.
+        watches.start(
+            KINDS["Node"], selection=Selection(fields=(f"metadata.name={self.settings.node}",))
+        )
         _log.info("caches in sync", watches=[w.name for w in watches.status()])
         while True:
             # Woken by every apply; now and then without one, to end a watch that lingers.

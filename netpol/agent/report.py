@@ -57,6 +57,8 @@ class Report:
             return self.fatal
         if self.room.status.error:
             return f"policy: {self.room.status.error}"
+        if self.facts.blind:
+            return self.facts.blind
         if not self.room.ready:
             waiting = [w.name for w in self.watches() if not w.synced]
             return f"not in sync yet: {', '.join(waiting) or 'first apply'}"

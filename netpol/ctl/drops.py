@@ -38,11 +38,11 @@ def parse_since(text: str, now: dt.datetime) -> dt.datetime:
         InputError: neither.
     """
     span = _SPAN.fullmatch(text)
-    if span:
-        return now - dt.timedelta(seconds=float(span[1]) * _SECONDS[span[2]])
     try:
+        if span:
+            return now - dt.timedelta(seconds=float(span[1]) * _SECONDS[span[2]])
         time = dt.datetime.fromisoformat(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(
             "--since", needed="a span such as 10m, or a time as RFC 3339 writes it", got=text
         ) from None

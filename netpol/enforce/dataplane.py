@@ -226,6 +226,8 @@ class Dataplane:
             return change
 
         self._count_delta(delta)
+        if delta.policies:
+            self._extra_chains = True  # a changed policy may leave prefix sets behind
         new_classes = self._assign(delta)
         self._peer_sets(delta, at, returning)
         entries, recreated = self._pod_sets(delta, at)

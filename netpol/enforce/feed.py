@@ -26,8 +26,16 @@ class Feed:
         problems: by policy, what the API server would have refused.
     """
 
-    def __init__(self, graph: Graph, changed: Callable[[], None]) -> None:
-        self._graph, self._changed = graph, changed
+    def __init__(
+        self,
+        graph: Graph,
+        changed: Callable[[], None],
+        *,
+        cluster: Callable[[ObjectKey], Endpoint | None] = lambda _: None,
+    ) -> None:
+        """Args: cluster: what the watch of the cluster's pods has under a name."""
+        self._graph, self._changed, self._cluster = graph, changed, cluster
+        self._local: set[ObjectKey] = set()
         self.compiled: dict[ObjectKey, CompiledPolicy] = {}
         self.problems: dict[ObjectKey, tuple[Problem, ...]] = {}
 
@@ -54,19 +62,30 @@ class Feed:
         self._changed()
 
     def local_pod(self, change: Change[Endpoint]) -> None:
-        """A pod of this node came, changed or went."""
+        """A pod of this node came, changed or went.
+
+        What this watch has stands before what the other says of the same name; when it loses a pod, a
+        successor on another node may be known already.
+        """
         if change.after is not None:
+            self._local.add(change.key)
             self._graph.upsert_pod(change.after)
+            self._changed()
+            return
+        self._local.discard(change.key)
+        gone = change.before.uid if change.before else ""
+        other = self._cluster(change.key)
+        if other is not None and other.node != self._graph.node and other.uid != gone:
+            self._graph.upsert_pod(other)
         else:
             self._graph.remove_pod(change.key)
         self._changed()
 
     def cluster_pod(self, change: Change[Endpoint]) -> None:
         """A pod anywhere came, changed or went; those of this node are the other watch's business."""
-        pod = change.after or change.before
-        if pod is None or pod.node == self._graph.node:
+        if change.key in self._local:
             return
-        if change.after is not None:
+        if change.after is not None and change.after.node != self._graph.node:
             self._graph.upsert_pod(change.after)
         else:
             self._graph.remove_pod(change.key)

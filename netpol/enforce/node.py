@@ -1,6 +1,6 @@
 """What the rules must know of the node itself: pod interfaces and ranges, own addresses, sysctls, IPVS.
 
-Settings beat what the CNI configuration says, which beats the Node object. Own addresses come from the
+Settings beat what the CNI configuration says. Own addresses come from the
 kernel and are watched, since the bridge gets the gateway address only with the first pod. Of the last
 pod ranges a state file tells, so that a node that boots without its API server holds from the start.
 """
@@ -20,10 +20,9 @@ from netpol.enforce.served import IpvsWatch
 from netpol.kernel.conflist import PodNetwork, read_pod_network
 from netpol.kernel.links import AddressMonitor, own_addresses
 from netpol.kernel.marks import conflict, mark_uses
-from netpol.kernel.sysctl import BRIDGE_NF_KEYS, keep_sysctl
+from netpol.kernel.sysctl import keep_bridge_nf
 from netpol.lib.errors import InputError
 from netpol.model.net import Prefix, parse_prefix
-from netpol.model.objects import Node
 from netpol.render.options import RenderOptions
 
 _log = structlog.get_logger(__name__)
@@ -34,6 +33,16 @@ LOOK_EVERY_S = 5.0
 MARKS_EVERY_TURNS = 24
 
 
+#: Interfaces of this network namespace.
+_NET = Path("/sys/class/net")
+
+
+def _may_be_bridge(name: str) -> bool:
+    """Whether an interface is a bridge, or is not there yet and could become one."""
+    path = _NET / name
+    return not name.endswith("+") and (not path.exists() or (path / "bridge").exists())
+
+
 class NodeFacts:
     """Facts about one node, for `RenderOptions` and status."""
 
@@ -41,7 +50,6 @@ class NodeFacts:
         self._settings = settings
         self._state_file = Path(settings.state_dir) / "node.json"
         self._network = PodNetwork()
-        self._node: Node | None = None
         self._remembered: tuple[Prefix, ...] = ()
         self._addresses: tuple[bytes, ...] = ()
         self._sysctl_faults: list[str] = []
@@ -65,13 +73,23 @@ class NodeFacts:
 
     def _look(self) -> None:
         self._network = read_pod_network(Path(self._settings.cni_conf_dir))
-        self._sysctl_faults = [
-            fault for key in BRIDGE_NF_KEYS if (fault := keep_sysctl(key, "1")) is not None
-        ]
+        bridged = any(_may_be_bridge(name) for name in self._interfaces())
+        self._sysctl_faults = keep_bridge_nf() if bridged else []
 
-    def node_changed(self, node: Node | None) -> None:
-        """The Node object of this node."""
-        self._node = node
+    @property
+    def blind(self) -> str | None:
+        """Why packets of pods do not come to our rules at all, or None: then the node is not ready."""
+        return self._sysctl_faults[0] if self._sysctl_faults else None
+
+    def has_pods(self) -> bool:
+        """Whether some pod is attached already: a bridge of pods has ports, a pattern has interfaces."""
+        for name in self._interfaces():
+            if name.endswith("+"):
+                if any(p.name.startswith(name[:-1]) for p in _NET.glob("*")):
+                    return True
+            elif any((_NET / name / "brif").glob("*")):
+                return True
+        return False
 
     def options(self) -> RenderOptions:
         """What the renderers are given."""

@@ -19,13 +19,14 @@ import structlog
 from netpol.aio.clock import Clock, SystemClock
 from netpol.aio.runner import BoundedRunner
 from netpol.enforce.dataplane import Dataplane
-from netpol.enforce.kernel_state import KernelDump, StepError, dump_kernel, execute
+from netpol.enforce.kernel_state import TABLE, KernelDump, StepError, dump_kernel, execute
 from netpol.enforce.look import Look
 from netpol.enforce.plan import Plan
-from netpol.kernel.drivers import SetDriver, SetError, TableDriver, TableError
-from netpol.lib.errors import NetpolError
+from netpol.kernel.drivers import SetDriver, SetError, TableDriver, TableDump, TableError
+from netpol.lib.errors import InputError, NetpolError
 from netpol.model.ids import Direction
 from netpol.model.net import FAMILIES, Prefix
+from netpol.model.ruleset import Rule, SetMark
 from netpol.policy.graph import Graph
 from netpol.render import names
 from netpol.render.options import RenderOptions
@@ -36,6 +37,8 @@ T = TypeVar("T")
 #: After a write the kernel is read back at growing intervals, since whoever undoes us does it soon.
 FIRST_CHECK_S = 0.05
 LAST_CHECK_S = 30.0
+#: Deltas that one run takes at most: pods, policies, and what came while a dump was awaited.
+FLUSHES_MAX = 6
 #: Quiet time before looks go into the members of sets; those before see tables only.
 MEMBERS_AFTER_S = 0.4
 #: How often the hold of a fresh node is tried, since another program may have the xtables lock.
@@ -150,6 +153,18 @@ class PolicyRoom:
             group.create_task(self.runner.run_forever(), name="policy runner")
             group.create_task(self._housekeeping(), name="policy housekeeping")
 
+    async def check_mask(self) -> None:
+        """Compare the mark field with that of the rules in force, which stay if they differ.
+
+        Raises:
+            InputError: they differ.
+        """
+        tables = await self.kernel(lambda: [self._tables.dump(TABLE, f) for f in FAMILIES])
+        for have in tables:
+            fault = other_mask(have, self.dataplane.options.field_mask)
+            if fault:
+                raise InputError(fault)
+
     async def hold(self) -> bool:
         """On a node without a pod of ours, before anything is known: write the empty graph's rules.
 
@@ -217,17 +232,23 @@ class PolicyRoom:
             return
 
     async def _changes(self) -> None:
-        # Pods first, then policies: see Graph.flush.
-        for _ in range(2):
+        # Pods first, then policies: see Graph.flush. Nothing is awaited between the two (but for a dump,
+        # now and then), so that pods that come all the time cannot keep a policy waiting.
+        plans: list[Plan] = []
+        while not plans or (self._graph.pending and len(plans) < FLUSHES_MAX):
             delta = self._graph.flush()
             if delta.empty:
                 if not self._graph.pending:
-                    return
+                    break
+                plans.append(Plan())
                 continue
-            self._dirty = True  # until the plan went through, nobody knows what the kernel has
+            self._dirty = True  # until the plans went through, nobody knows what the kernel has
             back = self.dataplane.returning_sets(delta)
             returning = await self.kernel(partial(self._sets.dump, back)) if back else {}
-            await self._execute(self.dataplane.change(delta, returning))
+            plans.append(self.dataplane.change(delta, returning))
+        for plan in plans:
+            await self._execute(plan)
+        if plans:
             self._dirty = False
 
     async def _serve(self) -> None:
@@ -281,8 +302,11 @@ class PolicyRoom:
                 continue
             try:
                 await self._look()
-            except NetpolError as e:
-                _log.warning("looking at the kernel failed", error=str(e))
+            except Exception as e:  # noqa: BLE001 - a look that fails must not end the room
+                known = isinstance(e, NetpolError)
+                _log.warning(
+                    "looking at the kernel failed", error=str(e), exc_info=None if known else e
+                )
                 self.resync()
             self._check_after_s = min(self._check_after_s * 2, LAST_CHECK_S)
 
@@ -332,6 +356,7 @@ class PolicyRoom:
                 return
             self._dirty = True
             await self._execute(self.dataplane.collect())
+            self._graph.members.compact()
             self._dirty = False
 
     def close(self) -> None:
@@ -339,6 +364,20 @@ class PolicyRoom:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._look_thread.shutdown(wait=False, cancel_futures=True)
         self._sets.close()
+
+
+def other_mask(dump: TableDump, mask: int) -> str | None:
+    """Whether the rules in force use another mark field, in words.
+
+    Rules and map entries could not change over together: between the two, numbers would mean nothing.
+    """
+    for rule in dump.chains.get(names.OK, ()):
+        if isinstance(rule, Rule) and isinstance(rule.action, SetMark) and rule.action.mask != mask:
+            return (
+                f"the rules in force use the mark field {rule.action.mask:#010x}; got --mark-mask "
+                f"{mask:#010x}: drain the node, run netpol-ctl cleanup, then start again"
+            )
+    return None
 
 
 def _knows_pods(dump: KernelDump) -> bool:

@@ -6,7 +6,10 @@ or understood is an answer too: the facts it would give are missing, and `note` 
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from netpol.model.net import Prefix, parse_prefix
 
 #: libcni takes the first of these in order of name.
 _SUFFIXES = (".conf", ".conflist", ".json")
+#: Names that the kernel and iptables take (IFNAMSIZ - 1 characters).
+_INTERFACE = re.compile(r"[A-Za-z0-9_.@:-]{1,15}")
 #: The bridge plugin's default name.
 _DEFAULT_BRIDGE = "cni0"
 
@@ -59,7 +64,11 @@ def _facts(plugin: dict[str, Any], path: Path) -> PodNetwork:
     notes = []
     interfaces: tuple[str, ...] = ()
     if kind == "bridge":
-        interfaces = (str(plugin.get("bridge") or _DEFAULT_BRIDGE),)
+        name = str(plugin.get("bridge") or _DEFAULT_BRIDGE)
+        if _INTERFACE.fullmatch(name):
+            interfaces = (name,)
+        else:
+            notes.append(f"the bridge's name {name!r} is none: give --pod-interfaces")
     else:
         notes.append(f"pod interfaces of CNI plugin {kind} are not known: give --pod-interfaces")
     ranges: tuple[Prefix, ...] = ()
@@ -77,7 +86,21 @@ def _facts(plugin: dict[str, Any], path: Path) -> PodNetwork:
 
 
 def _ranges(ipam: dict[str, Any]) -> list[Prefix]:
-    out = [parse_prefix(r["subnet"]) for group in ipam.get("ranges", ()) for r in group]
+    out = [p for group in ipam.get("ranges", ()) for r in group for p in _range(r)]
     if ipam.get("subnet"):
-        out.append(parse_prefix(ipam["subnet"]))
+        out += _range(ipam)
     return out
+
+
+def _range(given: dict[str, Any]) -> list[Prefix]:
+    """The part of a host-local range that this node takes addresses from, as prefixes."""
+    subnet = parse_prefix(given["subnet"])
+    if not subnet.length:
+        raise ValueError(f"the range {subnet} is everything")
+    if not given.get("rangeStart") and not given.get("rangeEnd"):
+        return [subnet]
+    net = ipaddress.ip_network(str(subnet))
+    first = ipaddress.ip_address(given.get("rangeStart") or net[0])
+    last = ipaddress.ip_address(given.get("rangeEnd") or net[-1])
+    blocks: Iterable[Any] = ipaddress.summarize_address_range(first, last)
+    return [Prefix(b.network_address.packed, b.prefixlen) for b in blocks]

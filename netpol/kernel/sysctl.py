@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 from pathlib import Path
 
 _ROOT = Path("/proc/sys")
+_MODPROBE_S = 10.0
 
 #: Whether bridged packets pass iptables at all (br_netfilter); at 0 pods of one node meet no policy.
 BRIDGE_NF_KEYS = (
@@ -22,10 +25,7 @@ def read_sysctl(key: str, *, root: Path = _ROOT) -> str | None:
 
 
 def keep_sysctl(key: str, value: str, *, root: Path = _ROOT) -> str | None:
-    """Make a key have a value; returns why it does not, or None.
-
-    An absent key is no fault: without br_netfilter there are no bridged pods to miss.
-    """
+    """Make a key have a value; returns why it does not, or None. An absent key is no fault."""
     have = read_sysctl(key, root=root)
     if have is None or have == value:
         return None
@@ -34,3 +34,27 @@ def keep_sysctl(key: str, value: str, *, root: Path = _ROOT) -> str | None:
     except OSError as e:
         return f"sysctl {key.replace('/', '.')}: needed {value}, got {have} ({e.strerror})"
     return None
+
+
+def keep_bridge_nf(*, root: Path = _ROOT) -> list[str]:
+    """Have bridged packets pass iptables; returns why they do not.
+
+    Without br_netfilter pods of one bridge would meet no policy at all, so it is loaded, and its absence is
+    a fault. Only for nodes whose pods are behind a bridge.
+    """
+    if read_sysctl(BRIDGE_NF_KEYS[0], root=root) is None:
+        _load_br_netfilter()
+    faults = [f for key in BRIDGE_NF_KEYS if (f := keep_sysctl(key, "1", root=root)) is not None]
+    if read_sysctl(BRIDGE_NF_KEYS[0], root=root) is None:
+        faults.append(
+            "the kernel has no br_netfilter (modprobe br_netfilter): pods of one bridge meet no policy"
+        )
+    return faults
+
+
+def _load_br_netfilter() -> None:
+    """Try to; whether it worked is told by the keys."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(
+            ["modprobe", "br_netfilter"], check=False, capture_output=True, timeout=_MODPROBE_S
+        )

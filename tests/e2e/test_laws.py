@@ -286,16 +286,20 @@ def test_a_number_that_is_used_again_judges_by_the_new_class(lab: LawLab) -> Non
         found = re.search(rf"{re.escape(lab.at4[name])} skbmark (\S+)/", members)
         return found.group(1) if found else ""
 
+    def no_class_left() -> bool:
+        deadline = time.monotonic() + 10
+        while "KNP-CI-" in lab.save("node1", "iptables-nft") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return "KNP-CI-" not in lab.save("node1", "iptables-nft")
+
+    assert no_class_left(), "what the tests before used is not free"
     to_a = policy(f"{NS}/to-a", spec("a", "Ingress", ingress=[{"from": [block(lab.at4["far"])]}]))
     to_b = policy(f"{NS}/to-b", spec("b", "Ingress", ingress=[{"from": [block(lab.at4["a"])]}]))
     with lab.policies(to_a):
         first = number("a")
         assert connects(lab.space["far"], lab.at4["a"], 80)
         assert not connects(lab.space["b"], lab.at4["a"], 80)
-    deadline = time.monotonic() + 10
-    while "KNP-CI-" in lab.save("node1", "iptables-nft") and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert "KNP-CI-" not in lab.save("node1", "iptables-nft"), "the number is never free"
+    assert no_class_left(), "the number is never free"
     with lab.policies(to_b):
         assert number("b") == first
         assert connects(lab.space["a"], lab.at4["b"], 80)

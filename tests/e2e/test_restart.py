@@ -30,7 +30,10 @@ RANGES = ("10.9.0.0/16", "fd09::/64")
 
 
 class Boot:
-    """A node with pods and no rule, whose API server nobody can reach."""
+    """A node that boots: no rule, no pod yet, and an API server that nobody can reach.
+
+    Its pods come while the agent runs: they leave the bridge before it starts and join it once it holds.
+    """
 
     def __init__(self, bridge: Bridge, tmp_path: Path) -> None:
         self.bridge, self.tmp = bridge, tmp_path
@@ -51,6 +54,7 @@ class Boot:
         words += ["--api-server", "http://127.0.0.1:1", "--state-dir", str(self.tmp / "state")]
         words += ["--admin-socket", str(self.tmp / "agent.sock"), "--cni-conf-dir", str(self.conf)]
         words += ["--audit-log", "", "--xtables-lockfile", str(self.tmp / "lock"), *more]
+        self.attach("nomaster")
         with subprocess.Popen(
             ["ip", "netns", "exec", self.bridge.node, *words], stderr=subprocess.PIPE, text=True
         ) as process:
@@ -58,6 +62,11 @@ class Boot:
                 yield process
             finally:
                 process.kill()
+
+    def attach(self, *where: str) -> None:
+        """Take the pods off the bridge, or put them on it."""
+        for i in range(len(self.bridge.pods)):
+            run(self.bridge.node, "ip", "link", "set", f"v{i}", *where)
 
     def passes(self, family: int) -> bool:
         """Whether one pod's packet reaches another."""
@@ -69,6 +78,7 @@ class Boot:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if all("/" in self.entries(family) for family in (4, 6)):
+                self.attach("master", "br0")
                 return True
             time.sleep(0.1)
         return False
@@ -141,6 +151,16 @@ def test_without_the_hold_unknown_pods_are_open(boot: Boot) -> None:
         assert "KNP-EMAP6" in saved
         # Their sources are still checked: a local pod's address is needed on a pod interface.
         assert run(boot.bridge.pods[0], "ip", "addr")
+
+
+def test_a_node_whose_pods_run_already_is_not_held(boot: Boot) -> None:
+    """Their traffic went on before the agent came, and nobody knows them yet."""
+    boot.conflist()
+    with boot.agent():
+        boot.attach("master", "br0")  # before the agent has looked: its interpreter only starts
+        time.sleep(4)
+        assert not boot.entries(4)
+        assert boot.passes(4)
 
 
 def test_killed_while_it_writes_the_hold_the_next_one_finishes_it(boot: Boot) -> None:
