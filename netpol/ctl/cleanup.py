@@ -15,8 +15,10 @@ from netpol.ctl.output import emit, plural
 from netpol.kernel.drivers import (
     DestroySet,
     HookState,
+    SetError,
     SetTransaction,
     TableDriver,
+    TableError,
     TableTransaction,
     Variant,
 )
@@ -35,13 +37,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.force:
         _refuse_if_running(args.socket)
     removed: dict[str, Any] = {"chains": 0, "jumps": 0, "sets": 0}
+    left: list[str] = []
     for driver in _drivers():
         for family in FAMILIES:
             for table in TABLES:
-                chains, jumps = clean_table(driver, table, family)
+                chains, jumps = clean_table(driver, table, family, left)
                 removed["chains"] += chains
                 removed["jumps"] += jumps
-    removed["sets"] = _clean_sets()
+    removed["sets"] = _clean_sets(left)
+    if left:
+        raise NoAnswerError("not all of it could be removed", got="; ".join(left))
     what = ", ".join(plural(removed[k], k[:-1]) for k in ("chains", "jumps", "sets"))
     nothing = not any(removed.values())
     emit(
@@ -52,22 +57,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def clean_table(driver: TableDriver, table: str, family: Family) -> tuple[int, int]:
-    """Remove our chains and jumps from one table; how many of each."""
+def clean_table(
+    driver: TableDriver, table: str, family: Family, left: list[str]
+) -> tuple[int, int]:
+    """Remove our chains and jumps from one table; how many of each.
+
+    The jumps go first, in a transaction of their own: a chain that a foreign rule refers to cannot be
+    deleted, but nothing of ours may stay in force because of it. What stays is added to `left`.
+    """
     dump = driver.dump(table, family)
     hooks: dict[Hook, HookState] = {h: s for h, s in dump.hooks.items() if s.jumps}
-    if not dump.chains and not hooks:
-        return 0, 0
-    driver.apply(
-        TableTransaction(
-            table,
-            family,
-            delete=tuple(dump.chains),
-            hooks=dict.fromkeys(hooks),
-            hook_state=hooks,
-        )
-    )
-    return len(dump.chains), sum(len(s.jumps) for s in hooks.values())
+    jumps = TableTransaction(table, family, hooks=dict.fromkeys(hooks), hook_state=hooks)
+    chains = TableTransaction(table, family, delete=tuple(dump.chains))
+    done = []
+    for wanted, tx in ((bool(hooks), jumps), (bool(dump.chains), chains)):
+        try:
+            if wanted:
+                driver.apply(tx)
+            done.append(wanted)
+        except TableError as e:
+            done.append(False)
+            left.append(f"table {table}, IPv{int(family)}, {driver.variant}: {e}")
+    count = sum(len(s.jumps) for s in hooks.values())
+    return len(dump.chains) if done[1] else 0, count if done[0] else 0
 
 
 def _drivers() -> list[TableDriver]:
@@ -76,19 +88,24 @@ def _drivers() -> list[TableDriver]:
     return [RestoreTables(v) for v in Variant]
 
 
-def _clean_sets() -> int:
+def _clean_sets(left: list[str]) -> int:
     from netpol.kernel.sets import NetlinkSets
 
     try:
         sets = NetlinkSets()
     except KernelMissingError:
         return 0  # a kernel without ipset has no set of ours
+    count = 0
     try:
-        names = sorted(sets.headers())
-        sets.apply(SetTransaction(tuple(DestroySet(n) for n in names)))
-        return len(names)
+        for name in sorted(sets.headers()):
+            try:
+                sets.apply(SetTransaction((DestroySet(name),)))
+                count += 1
+            except SetError as e:
+                left.append(str(e))
     finally:
         sets.close()
+    return count
 
 
 def _refuse_if_running(socket: str) -> None:

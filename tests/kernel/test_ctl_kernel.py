@@ -76,3 +76,26 @@ def test_cleanup_makes_no_table_by_looking(space, tmp_path):
     space(*ctl("cleanup", "--socket", str(tmp_path / "none.sock")))
     assert space("cat", "/proc/net/ip_tables_names") == ""
     assert space("iptables-nft-save") == ""
+
+
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+def test_cleanup_ends_enforcement_though_a_foreign_rule_holds_a_chain(space, variant, tmp_path):
+    space("ipset", "restore", text=rendered(space, "--only", "sets"))
+    for family, tool in (("4", "iptables"), ("6", "ip6tables")):
+        text = rendered(space, "--only", "rules", "--family", family)
+        space(f"{tool}-{variant}-restore", "--noflush", text=text)
+    space(f"iptables-{variant}", "-t", "mangle", "-A", "PREROUTING", "-j", "KNP-OK")
+
+    words = ctl("cleanup", "--socket", str(tmp_path / "none.sock"))
+    said = space("sh", "-c", '"$@" 2>&1; echo "exit $?"', "sh", *words)
+
+    assert said.endswith("exit 3\n")
+    assert "not all of it could be removed" in said
+    assert (
+        "-j KNP-"
+        not in space(f"iptables-{variant}-save", "-t", "mangle")
+        .replace("-A PREROUTING -j KNP-OK", "")
+        .partition("-A KNP-")[0]
+    )
+    assert "KNP-" not in space(f"ip6tables-{variant}-save")
+    assert not [s for s in space("ipset", "list", "-n").split() if s.endswith("MAP6")]

@@ -136,10 +136,10 @@ def test_cleanup_takes_all_that_is_ours_and_nothing_else():
             hooks={Hook.FORWARD: ours, Hook.INPUT: other},
         )
     )
-    assert cleanup.clean_table(tables, "mangle", Family.V4) == (2, 2)
+    assert cleanup.clean_table(tables, "mangle", Family.V4, []) == (2, 2)
     dump = tables.dump("mangle", Family.V4)
     assert not dump.chains
     assert not any(s.jumps for s in dump.hooks.values())
-    assert cleanup.clean_table(tables, "mangle", Family.V4) == (0, 0)
-    assert cleanup.clean_table(tables, "filter", Family.V6) == (0, 0)
+    assert cleanup.clean_table(tables, "mangle", Family.V4, []) == (0, 0)
+    assert cleanup.clean_table(tables, "filter", Family.V6, []) == (0, 0)
     assert HookState() == HookState(())
