@@ -32,6 +32,8 @@ from netpol.render.options import FIRST_CLASS, NONE, OPEN, OVERFLOW, UNKNOWN, Re
 from netpol.render.policies import comment_of
 from netpol.render.static import deny
 
+#: RFC 919 section 7: every host of the link, and no other.
+_LIMITED_BROADCAST = b"\xff\xff\xff\xff"
 _DIGIT_BITS = 2
 
 
@@ -145,7 +147,7 @@ def map_number(pod: LocalPod, direction: Direction, numbers: Mapping[ClassKey, i
 
 
 def fixed_map_members(direction: Direction, options: RenderOptions, family: Family) -> Members:
-    """The entries that no pod makes: held ranges, and the node's own addresses inside them.
+    """The entries that no pod makes: held ranges, the node's own addresses inside them, broadcast.
 
     As a source an own address needs no entry: OUTPUT lets it pass by address, and on a pod interface
     it is forged.
@@ -154,6 +156,8 @@ def fixed_map_members(direction: Direction, options: RenderOptions, family: Fami
         r: options.mark(UNKNOWN) for r in options.hold_ranges if r.family is family
     }
     if direction is Direction.INGRESS:
+        if family is Family.V4 and options.pod_interfaces:
+            out[host_prefix(_LIMITED_BROADCAST)] = options.mark(UNKNOWN)
         for address in options.own_addresses:
             if family_of(address) is family:
                 out[host_prefix(address)] = options.mark(NONE)

@@ -52,10 +52,11 @@ _ND_HOP_LIMIT = 255
 #: Multicast listener reports (RFC 2710, RFC 3810): a drop would only hide groups from the bridge.
 _MLD_TYPES = (131, 132, 143)
 _MLD_HOP_LIMIT = 1
-#: Destinations that reach every pod of a bridge at once: multicast and limited broadcast.
-_TO_MANY = {
-    Family.V4: (Prefix(b"\xe0\0\0\0", 4), Prefix(b"\xff\xff\xff\xff", 32)),
-    Family.V6: (Prefix(b"\xff" + bytes(15), 8),),
+#: Multicast reaches every pod of a bridge at once. (So does limited broadcast, which no router forwards:
+#: that one is an entry of the ingress map, which costs other packets nothing.)
+_MULTICAST = {
+    Family.V4: Prefix(b"\xe0\0\0\0", 4),
+    Family.V6: Prefix(b"\xff" + bytes(15), 8),
 }
 _LINK_LOCAL = Prefix(b"\xfe\x80" + bytes(14), 10)
 
@@ -96,14 +97,10 @@ def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
     if hook is Hook.OUTPUT:
         out.append(Rule(Return(), (AddrType(Side.SRC, "LOCAL"),)))
     if hook is Hook.FORWARD:
-        # Everybody on the link receives these, isolated or not, and no map can name the receivers.
-        out += [
-            Rule(
-                Goto(names.held_chain(Direction.INGRESS)), (NetMatch(Side.DST, to), InInterface(i))
-            )
-            for to in _TO_MANY[family]
-            for i in options.pod_interfaces
-        ]
+        # Everybody on the link receives it, isolated or not, and no map can name the receivers.
+        held = Goto(names.held_chain(Direction.INGRESS))
+        to = NetMatch(Side.DST, _MULTICAST[family])
+        out += [Rule(held, (to, InInterface(i))) for i in options.pod_interfaces]
     if hook is not Hook.OUTPUT and family is Family.V6:
         out += [
             Rule(Goto(names.SPOOFED), (NetMatch(Side.DST, _LINK_LOCAL), InInterface(i)))
