@@ -25,8 +25,6 @@ _GROUP_MAX = 65535
 
 
 def _setting(default: Any, text: str) -> Any:
-    if isinstance(default, tuple):
-        return field(default=default, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 

@@ -15,9 +15,8 @@ from netpol.lib.errors import NoAnswerError
 from netpol.model.net import FAMILIES, Family
 from netpol.render.node import Desired, render_node
 from netpol.render.options import RenderOptions
+from netpol.render.static import TABLE
 
-#: All verdicts are made in this table.
-TABLE = "mangle"
 _TOOLS = {Family.V4: "iptables-restore", Family.V6: "ip6tables-restore"}
 
 

@@ -21,9 +21,7 @@ from netpol.kernel.drivers import (
 from netpol.lib.errors import KernelError
 from netpol.model.ids import SetName
 from netpol.model.net import FAMILIES, Family
-
-#: All verdicts are made here: `--map-set` works in no other table.
-TABLE = "mangle"
+from netpol.render.static import TABLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from netpol.model.net import FAMILIES, Family, family_of, host_prefix
 from netpol.model.ruleset import Jump, Rule, SetMatch
 from netpol.policy.graph import LocalPod
 from netpol.render import names
+from netpol.render.static import TABLE
 
 
 def live_view(pod: LocalPod, sets: SetDriver, tables: TableDriver) -> dict[str, Any]:
@@ -23,8 +24,8 @@ def live_view(pod: LocalPod, sets: SetDriver, tables: TableDriver) -> dict[str, 
     wanted: dict[SetName, None] = {}
     families = sorted({family_of(a) for a in pod.addresses}) or list(FAMILIES)
     for family in families:
-        dump = tables.dump("mangle", family)
-        counters = tables.counters("mangle", family)
+        dump = tables.dump(TABLE, family)
+        counters = tables.counters(TABLE, family)
         for direction in Direction:
             key = pod.class_of(direction)
             wanted[names.class_map(direction, family)] = None

@@ -13,11 +13,12 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from netpol.enforce.dataplane import Dataplane
-from netpol.enforce.kernel_state import TABLE, KernelDump, dump_kernel
+from netpol.enforce.kernel_state import KernelDump, dump_kernel
 from netpol.enforce.plan import set_differences
 from netpol.kernel.drivers import SetDriver, SetDump, TableDriver
 from netpol.model.ids import SetName
 from netpol.model.net import FAMILIES, Family
+from netpol.render.static import TABLE
 
 T = TypeVar("T")
 

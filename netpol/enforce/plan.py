@@ -37,6 +37,7 @@ from netpol.model.ids import ChainName, Direction, SetName
 from netpol.model.net import FAMILIES, Family, Prefix
 from netpol.model.ruleset import AddressPort, Chain, Hook, Member, Members, SetKind, SetSpec
 from netpol.render import names
+from netpol.render.static import TABLE
 
 Step = SetTransaction | TableTransaction
 
@@ -159,7 +160,7 @@ def assemble(
         if table.replace or table.hooks:
             steps.append(
                 TableTransaction(
-                    "mangle",
+                    TABLE,
                     family,
                     replace=table.replace,
                     hooks=table.hooks,
@@ -196,7 +197,7 @@ def garbage(
     for family in FAMILIES:
         doomed, rest = tuple(chains.get(family, ())), replace.get(family, {})
         if doomed or rest:
-            steps.append(TableTransaction("mangle", family, replace=rest, delete=doomed))
+            steps.append(TableTransaction(TABLE, family, replace=rest, delete=doomed))
     ops = tuple(DestroySet(name) for name in sets)
     if ops:
         steps.append(SetTransaction(ops))

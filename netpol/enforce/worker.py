@@ -19,7 +19,7 @@ import structlog
 from netpol.aio.clock import Clock, SystemClock
 from netpol.aio.runner import BoundedRunner
 from netpol.enforce.dataplane import Dataplane
-from netpol.enforce.kernel_state import TABLE, KernelDump, StepError, dump_kernel, execute
+from netpol.enforce.kernel_state import KernelDump, StepError, dump_kernel, execute
 from netpol.enforce.look import Look
 from netpol.enforce.plan import Plan
 from netpol.kernel.drivers import SetDriver, SetError, TableDriver, TableDump, TableError
@@ -30,6 +30,7 @@ from netpol.model.ruleset import Rule, SetMark
 from netpol.policy.graph import Graph
 from netpol.render import names
 from netpol.render.options import RenderOptions
+from netpol.render.static import TABLE
 
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")

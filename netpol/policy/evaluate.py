@@ -6,6 +6,8 @@ also asks those whose answer no longer matters, and words the answers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from netpol.model.flow import (
     DirectionTrace,
     Flow,
@@ -18,7 +20,7 @@ from netpol.model.flow import (
     Verdict,
 )
 from netpol.model.ids import Direction, Protocol
-from netpol.model.net import Family, family_of, format_address
+from netpol.model.net import family_of, format_address
 from netpol.model.objects import Endpoint
 from netpol.model.policy import (
     BlockPeer,
@@ -34,9 +36,6 @@ from netpol.model.policy import (
 )
 from netpol.policy.match import named_ports, peer_matches, port_matches
 from netpol.policy.world import World
-
-#: Stands where every port of a rule was invalid, which is not the same as naming none.
-_NO_PORT = TermTrace("no valid port", matched=False, reason="every port of the rule is invalid")
 
 
 def verdict(world: World, flow: Flow) -> Verdict:
@@ -208,8 +207,8 @@ def _peer_reason(world: World, peer: PolicyPeer, party: Party) -> str:
             return f"{pod.key} matches"
 
 
-def _has(labels: dict[str, str] | object, key: str) -> str:
-    value = dict(labels).get(key) if isinstance(labels, dict) else None
+def _has(labels: Mapping[str, str], key: str) -> str:
+    value = labels.get(key)
     return f"no label {key}" if value is None else f"{key}={value}"
 
 
@@ -292,8 +291,3 @@ def _notes(flow: Flow, direction: Direction) -> tuple[str, ...]:
             "ipBlock is compared with the source address that arrives at the pod, after any NAT"
         )
     return tuple(out)
-
-
-def flow_family(flow: Flow) -> Family:
-    """The family in which a flow is judged: its destination's."""
-    return flow.family

@@ -46,7 +46,7 @@ def held_chain(direction: Direction) -> ChainName:
 
 
 def tree_chain(direction: Direction, path: str = "") -> ChainName:
-    """A node of the dispatch tree: the root, or the one for leading hex digits of the number."""
+    """A node of the dispatch tree: the root, or the one for leading digits of the number."""
     return _chain(f"TREE-{_LETTER[direction]}{'-' + path if path else ''}")
 
 

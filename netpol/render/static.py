@@ -60,6 +60,8 @@ _MULTICAST = {
 }
 _LINK_LOCAL = Prefix(b"\xfe\x80" + bytes(14), 10)
 
+#: The table of all verdicts: `--map-set` works in no other.
+TABLE = "mangle"
 #: The hooks that netpol judges in, in the order of the design.
 HOOKS = (Hook.FORWARD, Hook.INPUT, Hook.OUTPUT)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from netpol.enforce.dataplane import Dataplane
-from netpol.enforce.kernel_state import TABLE, dump_kernel, execute
+from netpol.enforce.kernel_state import dump_kernel, execute
 from netpol.enforce.look import Look
 from netpol.kernel.testing import FakeSets, FakeTables
 from netpol.model.ids import ChainName, ObjectKey
@@ -14,6 +14,7 @@ from netpol.model.policy import CompiledPolicy, PodPeer, PolicyRule
 from netpol.model.ruleset import Drop, Rule
 from netpol.policy.graph import Graph
 from netpol.render.options import RenderOptions
+from netpol.render.static import TABLE
 
 
 class Node:
