@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def plan(tmp_path: Path) -> Iterator[LabPlan]:
 def ping(netns: str, address: str) -> bool:
     command = ["ip", "netns", "exec", netns, "ping", "-c", "1", "-W", "2", address]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def wait_for_netns(pid: int, netns: str) -> None:
+    """`ip netns exec` enters after it was started: before that, the process is not there."""
+    there = Path("/run/netns", netns).stat().st_ino
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/ns/net").stat().st_ino != there:
+        assert time.monotonic() < deadline, f"{pid} never entered {netns}"
+        time.sleep(0.01)
 
 
 def links(netns: str) -> set[str]:
@@ -74,6 +84,7 @@ def test_a_second_up_changes_nothing(plan: LabPlan) -> None:
 def test_down_removes_the_namespaces_with_what_runs_there(plan: LabPlan) -> None:
     command = ["ip", "netns", "exec", plan.nodes[0].netns, "sleep", "60"]
     with subprocess.Popen(command) as sleeper:
+        wait_for_netns(sleeper.pid, plan.nodes[0].netns)
         assert network.down(plan.name)
         assert sleeper.wait(timeout=5) == -9
     assert spaces.names(netns_prefix(plan.name)) == []
