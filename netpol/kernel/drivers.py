@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from netpol.lib.errors import KernelError
 from netpol.model.ids import ChainName, SetName
+from netpol.model.ipvs import IpvsFailure, IpvsOp, ServerId, ServerState
 from netpol.model.net import Family
 from netpol.model.ruleset import Chain, Hook, Member, Members, Rule, SetSpec
 
@@ -185,4 +186,55 @@ class TableDriver(Protocol):
 
     def counters(self, table: str, family: Family) -> dict[ChainName, tuple[tuple[int, int], ...]]:
         """Packets and bytes of every rule of our chains, in rule order."""
+        ...
+
+
+# -- ipvs ---------------------------------------------------------------------------------------
+
+
+class IpvsDriver(Protocol):
+    """The IPVS table of a network namespace: everybody's servers; whose they are, the caller knows."""
+
+    def dump(self) -> dict[ServerId, ServerState]:
+        """Read all virtual servers with their real servers.
+
+        Raises KernelMissingError where the kernel has no IPVS, KernelError where it does not answer.
+        """
+        ...
+
+    def read(self, ids: Sequence[ServerId]) -> dict[ServerId, ServerState]:
+        """Read those that are named and there, at the cost of those."""
+        ...
+
+    def apply(self, ops: Sequence[IpvsOp]) -> tuple[IpvsFailure, ...]:
+        """Apply in order, in batches; an operation that is refused stops no other one."""
+        ...
+
+    def set_timeouts(self, *, tcp_s: int, tcp_fin_s: int, udp_s: int) -> None:
+        """Set how long idle connections are kept; 0 leaves one as it is."""
+        ...
+
+    def close(self) -> None:
+        """Release the socket."""
+        ...
+
+
+class VipDriver(Protocol):
+    """Our dummy link and the addresses on it (host prefixes, no duplicate address detection)."""
+
+    def dump(self) -> frozenset[bytes] | None:
+        """The addresses on the link; None where there is no link."""
+        ...
+
+    def apply(
+        self, *, add: Sequence[bytes], remove: Sequence[bytes]
+    ) -> tuple[tuple[bytes, int], ...]:
+        """Make the link if needed, then add and remove; returns (address, errno) of what was refused.
+
+        What is there is no error to add, what is not there none to remove.
+        """
+        ...
+
+    def remove_link(self) -> None:
+        """Remove the link with its addresses; none is no error."""
         ...
