@@ -2,9 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -178,8 +178,7 @@ def test_manifests_come_from_standard_input():
     assert done.stdout.startswith("1/UDP: ")
 
 
-@pytest.mark.parametrize("threads", [1])
-def test_a_signal_from_the_keyboard_is_quiet(threads):
+def test_a_signal_from_the_keyboard_is_quiet():
     with subprocess.Popen(
         [sys.executable, "-m", "netpol.ctl.main", "matrix", "-f", "-"],
         stdin=subprocess.PIPE,
@@ -187,7 +186,15 @@ def test_a_signal_from_the_keyboard_is_quiet(threads):
         cwd=REPOSITORY,
         text=True,
     ) as child:
-        timer = threading.Timer(1.0, child.send_signal, [2])
-        timer.start()
-        code = child.wait(10)
+        wait_until_it_reads(child.pid)
+        child.send_signal(signal.SIGINT)
+        code = child.wait(30)
         assert (code, child.stderr.read()) == (130, "")
+
+
+def wait_until_it_reads(pid):
+    """Until it waits in a system call whose first argument is standard input."""
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}/syscall").read_text(encoding="ascii").split()[1:2] != ["0x0"]:
+        assert time.monotonic() < deadline, "it never asked for its input"
+        time.sleep(0.02)
