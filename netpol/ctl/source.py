@@ -67,6 +67,16 @@ def namespace(args: argparse.Namespace) -> str:
 
 def offline(paths: list[str], *, strict: bool = False) -> Cluster:
     """Load manifests and say on stderr what is to be said about them."""
+    found, policies = _load(paths, strict=strict)
+    return of_manifests(found, policies)
+
+
+def offline_manifests(paths: list[str], *, strict: bool = False) -> Manifests:
+    """The same for a command that asks nothing about policy."""
+    return _load(paths, strict=strict)[0]
+
+
+def _load(paths: list[str], *, strict: bool) -> tuple[Manifests, list[CompiledPolicy]]:
     from netpol.k8s.manifests import load
 
     found = load(paths)
@@ -86,7 +96,7 @@ def offline(paths: list[str], *, strict: bool = False) -> Cluster:
         raise InputError(
             f"--strict: {plural(len(lines), 'problem')} in the manifests", needed="none"
         )
-    return of_manifests(found, policies)
+    return found, policies
 
 
 def of_manifests(found: Manifests, policies: Iterable[CompiledPolicy]) -> Cluster:

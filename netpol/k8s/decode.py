@@ -82,7 +82,7 @@ class ResourceKind(Generic[T]):
     plural: str
     namespaced: bool
     struct: type[wire.WireObject]
-    build: Callable[[ObjectKey, wire.Meta, Any, list[Problem]], T]
+    build: Callable[[ObjectKey, Any, Any, list[Problem]], T]
     object_decoder: msgspec.json.Decoder[Any] = field(init=False, repr=False)
     list_decoder: msgspec.json.Decoder[Any] = field(init=False, repr=False)
 

@@ -28,6 +28,12 @@ class Meta(WireStruct):
     deletion_timestamp: str | None = None
 
 
+class AnnotatedMeta(Meta):
+    """ObjectMeta of the kinds whose annotations are read (a Pod's can be large and many)."""
+
+    annotations: dict[str, str] | None = None
+
+
 class WireObject(WireStruct):
     """What all kinds share. `kind` is absent in the items of a list."""
 
@@ -107,6 +113,7 @@ class WireNodeStatus(WireStruct):
 class WireNode(WireObject):
     """core/v1 Node."""
 
+    metadata: AnnotatedMeta | None = None
     spec: WireNodeSpec | None = None
     status: WireNodeStatus | None = None
 
@@ -127,6 +134,18 @@ class WireServicePort(WireStruct):
     node_port: int | None = None
 
 
+class WireClientIPConfig(WireStruct):
+    """core/v1 ClientIPConfig."""
+
+    timeout_seconds: int | None = None
+
+
+class WireAffinityConfig(WireStruct):
+    """core/v1 SessionAffinityConfig."""
+
+    client_ip: WireClientIPConfig | None = msgspec.field(default=None, name="clientIP")
+
+
 class WireServiceSpec(WireStruct):
     """core/v1 ServiceSpec."""
 
@@ -135,12 +154,46 @@ class WireServiceSpec(WireStruct):
     cluster_ips: list[str] | None = msgspec.field(default=None, name="clusterIPs")
     selector: dict[str, str] | None = None
     ports: list[WireServicePort] | None = None
+    external_name: str | None = None
+    external_ips: list[str] | None = msgspec.field(default=None, name="externalIPs")
+    internal_traffic_policy: str | None = None
+    external_traffic_policy: str | None = None
+    traffic_distribution: str | None = None
+    session_affinity: str | None = None
+    session_affinity_config: WireAffinityConfig | None = None
+    load_balancer_source_ranges: list[str] | None = None
+    load_balancer_class: str | None = None
+    load_balancer_ip: str | None = msgspec.field(default=None, name="loadBalancerIP")
+    health_check_node_port: int | None = None
+    publish_not_ready_addresses: bool | None = None
+
+
+class WireIngress(WireStruct):
+    """core/v1 LoadBalancerIngress."""
+
+    ip: str | None = None
+    hostname: str | None = None
+    ip_mode: str | None = None
+
+
+class WireBalancerStatus(WireStruct):
+    """core/v1 LoadBalancerStatus."""
+
+    ingress: list[WireIngress] | None = None
+
+
+class WireServiceStatus(WireStruct):
+    """core/v1 ServiceStatus."""
+
+    load_balancer: WireBalancerStatus | None = None
 
 
 class WireService(WireObject):
     """core/v1 Service."""
 
+    metadata: AnnotatedMeta | None = None
     spec: WireServiceSpec | None = None
+    status: WireServiceStatus | None = None
 
 
 class WireEndpointConditions(WireStruct):
@@ -159,6 +212,19 @@ class WireReference(WireStruct):
     name: str | None = None
 
 
+class WireHint(WireStruct):
+    """discovery/v1 ForZone and ForNode."""
+
+    name: str | None = None
+
+
+class WireHints(WireStruct):
+    """discovery/v1 EndpointHints."""
+
+    for_zones: list[WireHint] | None = None
+    for_nodes: list[WireHint] | None = None
+
+
 class WireEndpoint(WireStruct):
     """discovery/v1 Endpoint."""
 
@@ -166,6 +232,8 @@ class WireEndpoint(WireStruct):
     conditions: WireEndpointConditions | None = None
     node_name: str | None = None
     target_ref: WireReference | None = None
+    zone: str | None = None
+    hints: WireHints | None = None
 
 
 class WireEndpointPort(WireStruct):
@@ -179,6 +247,8 @@ class WireEndpointPort(WireStruct):
 class WireEndpointSlice(WireObject):
     """discovery/v1 EndpointSlice."""
 
+    metadata: AnnotatedMeta | None = None
+    address_type: str | None = None
     endpoints: list[WireEndpoint] | None = None
     ports: list[WireEndpointPort] | None = None
 

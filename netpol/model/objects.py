@@ -1,4 +1,4 @@
-"""What netpol keeps of Pods, Namespaces and Nodes: what a room reads, nothing else.
+"""What netpol keeps of Pods, Namespaces, Nodes, Services and EndpointSlices: what a room reads, no more.
 
 `msgspec.Struct` without garbage-collector tracking, since there can be 100,000 of them.
 Equality ignores nothing: resourceVersion and status noise are simply not kept.
@@ -13,6 +13,9 @@ import msgspec
 from netpol.model.ids import ObjectKey, Protocol
 from netpol.model.labels import Labels
 from netpol.model.net import Prefix
+
+#: Annotations that a room reads: ours, and those of kube-router that mean the same. Others are not kept.
+ANNOTATION_PREFIXES = ("netpol.io/", "kube-router.io/")
 
 
 class ContainerPort(NamedTuple):
@@ -61,14 +64,28 @@ class Namespace(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     labels: Labels = ()
 
 
+#: The label that says where a node is (core/v1 LabelTopologyZone).
+ZONE_LABEL = "topology.kubernetes.io/zone"
+
+
 class Node(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """A Node: its addresses (InternalIP first, then ExternalIP) and podCIDRs."""
+    """A Node: its addresses (InternalIP first, then ExternalIP) and podCIDRs.
+
+    `annotations` are those under ANNOTATION_PREFIXES; `created` as in `Endpoint`.
+    """
 
     name: str
     uid: str = ""
     labels: Labels = ()
     addresses: tuple[bytes, ...] = ()
     pod_cidrs: tuple[Prefix, ...] = ()
+    annotations: Labels = ()
+    created: str = ""
+
+    @property
+    def zone(self) -> str:
+        """The zone of the node, "" for none."""
+        return next((v for k, v in self.labels if k == ZONE_LABEL), "")
 
 
 class ServicePort(NamedTuple):
@@ -81,8 +98,32 @@ class ServicePort(NamedTuple):
     node_port: int = 0
 
 
+class Ingress(NamedTuple):
+    """One entry of status.loadBalancer.ingress.
+
+    `address` is b"" where there is only a host name. A `proxied` address (ipMode Proxy) is the load
+    balancer's own: packets to it must get there, so no node takes it on.
+    """
+
+    address: bytes
+    hostname: str = ""
+    proxied: bool = False
+
+
 class Service(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What explain and the lab need of a Service (the proxy will keep more)."""
+    """What explain, the lab and the proxy need of a Service; absent fields as the API defaults them.
+
+    Attributes:
+        headless: clusterIP None.
+        foreign: labelled for another proxy, or as headless, which kube-proxy does not look at either.
+        internal_local, external_local: the traffic policies are Local.
+        affinity_s: seconds of session affinity by client address, 0 for none.
+        source_ranges: spec.loadBalancerSourceRanges that could be read.
+        source_ranges_unread: one of them could not.
+        annotations: those of netpol and kube-router alone.
+        requested_ip: spec.loadBalancerIP as written.
+        created: the creation time as the API writes it (RFC 3339, sorts as text).
+    """
 
     key: ObjectKey
     uid: str = ""
@@ -90,10 +131,36 @@ class Service(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     cluster_ips: tuple[bytes, ...] = ()
     selector: Labels = ()
     ports: tuple[ServicePort, ...] = ()
+    headless: bool = False
+    foreign: bool = False
+    external_name: str = ""
+    external_ips: tuple[bytes, ...] = ()
+    ingress: tuple[Ingress, ...] = ()
+    internal_local: bool = False
+    external_local: bool = False
+    traffic_distribution: str = ""
+    affinity_s: int = 0
+    source_ranges: tuple[Prefix, ...] = ()
+    source_ranges_unread: bool = False
+    load_balancer_class: str = ""
+    requested_ip: str = ""
+    health_port: int = 0
+    publish_not_ready: bool = False
+    annotations: Labels = ()
+    created: str = ""
+    terminating: bool = False
+
+    @property
+    def outside_addresses(self) -> tuple[bytes, ...]:
+        """Addresses outside the cluster that lead to the Service, whoever takes them on."""
+        return self.external_ips + tuple(i.address for i in self.ingress if i.address)
 
 
 class SliceEndpoint(NamedTuple):
-    """One endpoint of an EndpointSlice; ready and serving as written, absent meaning true."""
+    """One endpoint of an EndpointSlice; ready and serving as written, absent meaning true.
+
+    `for_zones` and `for_nodes` are its hints: where it should be used.
+    """
 
     addresses: tuple[bytes, ...]
     node: str
@@ -101,13 +168,26 @@ class SliceEndpoint(NamedTuple):
     ready: bool
     serving: bool
     terminating: bool
+    zone: str = ""
+    for_zones: tuple[str, ...] = ()
+    for_nodes: tuple[str, ...] = ()
 
 
 class EndpointSlice(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """An EndpointSlice (discovery.k8s.io/v1) of the Service `service`."""
+    """An EndpointSlice (discovery.k8s.io/v1) of the Service `service`.
+
+    Attributes:
+        address_type: IPv4, IPv6 or FQDN; "" in a manifest that does not say it.
+        ports: name, protocol, number; number 0 is one that was not given.
+        foreign: labelled for another proxy, or as that of a headless Service.
+        annotations: those of netpol alone.
+    """
 
     key: ObjectKey
     uid: str = ""
     service: ObjectKey = ObjectKey("", "")
+    address_type: str = ""
     ports: tuple[tuple[str, Protocol, int], ...] = ()
     endpoints: tuple[SliceEndpoint, ...] = ()
+    foreign: bool = False
+    annotations: Labels = ()

@@ -25,7 +25,7 @@ DOCS = [
 #: Made by a command that the documentation names.
 GENERATED = {"bench/results.json"}
 #: Flags of other programs that stand alone in a sentence.
-FOREIGN_FLAGS = {"--map-set"}
+FOREIGN_FLAGS = {"--map-set", "--service-cluster-ip-range"}
 
 _LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 _PATH = re.compile(r"(?<![\w./-])((?:bench|docs|manifests|netpol|scripts|tests)/[\w./-]*\w)")
@@ -100,18 +100,18 @@ class Command(NamedTuple):
 @cache
 def _parsers() -> dict[tuple[str, ...], argparse.ArgumentParser]:
     """Every command of netpol-ctl by its words."""
-    found = {(name,): parser for name, parser in _children(ctl.parser()).items() if name != "lab"}
     top = argparse.ArgumentParser()
     lab.add_parser(top.add_subparsers())
-    inner = _children(top)["lab"]
-    found[("lab",)] = inner
-    found |= {("lab", verb): parser for verb, parser in _children(inner).items()}
+    found: dict[tuple[str, ...], argparse.ArgumentParser] = {}
+    for name, parser in {**_children(ctl.parser()), **_children(top)}.items():
+        found[(name,)] = parser
+        found |= {(name, verb): inner for verb, inner in _children(parser).items()}
     return found
 
 
 def _children(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
+    actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return {name: child for action in actions for name, child in action.choices.items()}
 
 
 def _flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -120,7 +120,7 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
 
 def _commands(text: str) -> Iterator[Command]:
     for first, second, rest in _COMMAND.findall(text):
-        if first == "lab" and second:
+        if (first, second) in _parsers() or first == "lab" and second:
             # What follows -- is another program's.
             yield Command((first, second), rest.partition(" -- ")[0])
         else:

@@ -1,0 +1,354 @@
+"""What one node routes and with whom it speaks BGP, as a value: nodes and settings in, `RoutePlan` out.
+
+Decides who peers with whom, what may be learnt from each, and which nodes are reached through a tunnel.
+How BIRD is told is `routes.bird.render`; addresses of Services come as `vips` from their own module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from netpol.model.net import FAMILIES, Family, Prefix, family_of, host_prefix, parse_prefix
+from netpol.model.objects import Node
+from routes.annotations import NodeBgp
+from routes.annotations import read as read_annotations
+from routes.options import (
+    Community,
+    Encapsulation,
+    ExternalPeer,
+    OverlayMode,
+    RouteOptions,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NodePeer:
+    """Another node that we speak BGP with.
+
+    Attributes:
+        accept: exactly the blocks that are learnt from it.
+        client: whether we reflect routes to it, as of this cluster.
+        reflects: whether it reflects routes to us.
+    """
+
+    node: str
+    address: bytes
+    asn: int
+    accept: tuple[Prefix, ...]
+    client: bool = False
+    reflects: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """A node whose pods are reached by encapsulation: its address and the MAC of its VXLAN link."""
+
+    node: str
+    address: bytes
+    mac: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What is added to what external peers are told."""
+
+    communities: tuple[Community, ...] = ()
+    prepend: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoutePlan:
+    """All that one node's BGP engine does.
+
+    Attributes:
+        addresses: the node's own, one for each family it has.
+        own_pods: its podCIDRs, which nobody may announce to it.
+        vips: addresses of Services that external peers are told.
+        pods: podCIDRs of all nodes.
+        protected: blocks that a router outside may not announce, nor a part or a whole of.
+        tunnels: nodes behind the overlay; `tunnel_all` says that no other way may be taken.
+        on_link: whether nodes without a tunnel are reached over their subnet; else by any route.
+        local_addresses: where sessions are bound, if not to `addresses`.
+        problems: annotations and objects that are not followed, in words.
+    """
+
+    node: str
+    options: RouteOptions
+    asn: int
+    router_id: bytes
+    addresses: Mapping[Family, bytes]
+    own_pods: tuple[Prefix, ...] = ()
+    vips: tuple[Prefix, ...] = ()
+    pods: tuple[Prefix, ...] = ()
+    peers: tuple[NodePeer, ...] = ()
+    external: tuple[ExternalPeer, ...] = ()
+    announcement: Announcement = Announcement()
+    cluster_id: bytes | None = None
+    protected: tuple[Prefix, ...] = ()
+    tunnels: tuple[Tunnel, ...] = ()
+    local_addresses: tuple[bytes, ...] = ()
+    problems: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def bound(self) -> bool:
+        """Whether BIRD listens at chosen addresses only."""
+        return bool(self.local_addresses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A node as BGP sees it."""
+
+    node: Node
+    bgp: NodeBgp
+    addresses: Mapping[Family, bytes]
+    pods: tuple[Prefix, ...]
+
+
+#: What no router may tell us: this network, loopback, link-local, multicast and what is reserved.
+_NEVER = (
+    *(
+        parse_prefix(p)
+        for p in (
+            *("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4"),
+            *("::/128", "::1/128", "fe80::/10", "ff00::/8"),
+        )
+    ),
+    # IPv4-mapped (RFC 4291 section 2.5.5.2), which the parser would read as IPv4.
+    Prefix(bytes(10) + b"\xff\xff" + bytes(4), 96),
+)
+
+
+def plan(
+    nodes: Iterable[Node],
+    name: str,
+    options: RouteOptions,
+    *,
+    vips: Iterable[Prefix] = (),
+) -> RoutePlan:
+    """Plan for the node `name`, which must be among the nodes.
+
+    Raises:
+        KeyError: it is not.
+    """
+    problems: list[str] = []
+    members = {n.name: _member(n, options, problems) for n in sorted(nodes, key=lambda n: n.name)}
+    members = {m.node.name: m for m in _without_overlaps(members.values(), problems)}
+    me = members[name]
+    if not me.addresses:
+        problems.append(f"node {name} has no address: it speaks no BGP")
+    asn = me.bgp.asn or options.asn
+    announced = tuple(sorted(set(vips)))
+    pods = tuple(p for m in members.values() for p in m.pods)
+    external = _external(me, asn, options, problems)
+    others = [m for m in members.values() if m is not me]
+    return RoutePlan(
+        node=name,
+        options=options,
+        asn=asn,
+        router_id=me.bgp.router_id or _router_id(me),
+        addresses=me.addresses,
+        own_pods=me.pods,
+        vips=announced,
+        pods=tuple(sorted(set(pods))),
+        peers=tuple(_mesh(me, others, options, asn, problems)),
+        external=external,
+        announcement=Announcement(me.bgp.communities, me.bgp.prepend),
+        cluster_id=me.bgp.reflector_cluster,
+        protected=_protected(members.values(), external, options, announced),
+        tunnels=tuple(_tunnels(me, others, options)),
+        local_addresses=me.bgp.local_addresses,
+        problems=tuple(problems),
+    )
+
+
+def _member(node: Node, options: RouteOptions, problems: list[str]) -> _Member:
+    bgp, found = read_annotations(dict(node.annotations))
+    problems += [f"node {node.name}: {p}" for p in found]
+    addresses: dict[Family, bytes] = {}
+    for address in node.addresses:
+        addresses.setdefault(family_of(address), address)
+    pods: list[Prefix] = []
+    for block in node.pod_cidrs:
+        bounds = [c for c in options.cluster_cidrs if c.family is block.family]
+        if bounds and not any(c.covers(block) for c in bounds):
+            problems.append(f"node {node.name}: podCIDR {block} is outside the cluster's ranges")
+        elif any(_overlap(block, bad) for bad in _NEVER):
+            problems.append(f"node {node.name}: podCIDR {block} is no range that can be routed")
+        else:
+            pods.append(block)
+    return _Member(node, bgp, addresses, tuple(dict.fromkeys(pods)))
+
+
+def _without_overlaps(members: Iterable[_Member], problems: list[str]) -> Iterable[_Member]:
+    """Nobody's podCIDR may lie in another node's: the older node keeps it, then the first by name.
+
+    Sorted by network, every overlap is with a block that is still open, so this takes one pass.
+    """
+    members = list(members)
+    rank = {m.node.name: (m.node.created, m.node.name) for m in members}
+    blocks = sorted(
+        ((p, m.node.name) for m in members for p in m.pods),
+        key=lambda b: (b[0].family, b[0].address, b[0].length),
+    )
+    lost: set[tuple[Prefix, str]] = set()
+    open_: list[tuple[Prefix, str]] = []
+    for block in blocks:
+        open_ = [o for o in open_ if o[0].covers(block[0])]
+        for other in open_:
+            if other in lost or other[1] == block[1]:
+                continue
+            loser, winner = (block, other) if rank[other[1]] < rank[block[1]] else (other, block)
+            if loser not in lost:
+                lost.add(loser)
+                problems.append(
+                    f"node {loser[1]}: podCIDR {loser[0]} overlaps {winner[0]} of node {winner[1]}"
+                )
+        open_.append(block)
+    for m in members:
+        yield replace(m, pods=tuple(p for p in m.pods if (p, m.node.name) not in lost))
+
+
+def _router_id(me: _Member) -> bytes:
+    """RFC 6286: any four bytes that no other speaker of the AS has."""
+    address = me.addresses.get(Family.V4)
+    if address is not None:
+        return address
+    return (hashlib.sha256(me.node.name.encode()).digest()[:4]) or bytes(4)
+
+
+def _mesh(
+    me: _Member,
+    others: Iterable[_Member],
+    options: RouteOptions,
+    asn: int,
+    problems: list[str],
+) -> Iterable[NodePeer]:
+    """The nodes that we peer with.
+
+    A client of a reflector (RFC 4456) speaks with the reflectors of its cluster alone; reflectors with
+    everybody, each other included; other nodes with everybody but clients. Both ends decide the same.
+    """
+    others = list(others)
+    reflected = tuple(sorted({p for o in others for p in o.pods}))
+    for other in others:
+        if not other.addresses:
+            problems.append(f"node {other.node.name} has no address: no BGP with it")
+            continue
+        family = next((f for f in FAMILIES if f in me.addresses and f in other.addresses), None)
+        if family is None:
+            problems.append(f"node {other.node.name} has no address of a family that this node has")
+            continue
+        address = other.addresses[family]
+        if address == me.addresses[family]:
+            problems.append(f"node {other.node.name} has the address of this node: no BGP with it")
+            continue
+        serves, served = _reflection(me.bgp, other.bgp), _reflection(other.bgp, me.bgp)
+        if not (serves or served) and not (options.mesh and _meshed(me.bgp, other.bgp)):
+            continue
+        reflects = served or other.bgp.reflector_cluster is not None
+        yield NodePeer(
+            node=other.node.name,
+            address=address,
+            asn=other.bgp.asn or options.asn,
+            accept=reflected if reflects else other.pods,
+            client=serves,
+            reflects=reflects,
+        )
+    if me.bgp.asn is not None and me.bgp.client_cluster is not None and asn != options.asn:
+        problems.append(f"node {me.node.name}: a client of a reflector has its AS, got {asn}")
+
+
+def _reflection(server: NodeBgp, client: NodeBgp) -> bool:
+    """Whether one reflects to the other."""
+    return (
+        server.reflector_cluster is not None and client.client_cluster == server.reflector_cluster
+    )
+
+
+def _meshed(one: NodeBgp, two: NodeBgp) -> bool:
+    """Whether two nodes that do not reflect to each other are in the mesh."""
+    return one.client_cluster is None and two.client_cluster is None
+
+
+def _external(
+    me: _Member, asn: int, options: RouteOptions, problems: list[str]
+) -> tuple[ExternalPeer, ...]:
+    """Global peers and the node's own, which replace a global one of the same address and port."""
+    found = {(p.address, p.port): p for p in (*options.peers, *me.bgp.peers)}
+    out = []
+    for peer in found.values():
+        family = family_of(peer.address)
+        if family not in me.addresses and peer.local_address is None:
+            problems.append(f"peer {host_prefix(peer.address)}: this node has no IPv{family.value}")
+        elif peer.address in me.addresses.values():
+            problems.append(f"peer {host_prefix(peer.address)}: this is the node itself")
+        elif peer.reflector and peer.asn != asn:
+            problems.append(
+                f"peer {host_prefix(peer.address)}: a reflector has the AS of the node ({asn})"
+            )
+        else:
+            out.append(peer)
+    return tuple(sorted(out, key=lambda p: (p.address, p.port)))
+
+
+def _protected(
+    members: Iterable[_Member],
+    external: Iterable[ExternalPeer],
+    options: RouteOptions,
+    vips: Iterable[Prefix],
+) -> tuple[Prefix, ...]:
+    """What the cluster and the node live on: no route from outside may touch it."""
+    out = {*_NEVER, *options.cluster_cidrs, *options.service_cidrs, *options.subnets, *vips}
+    for m in members:
+        out |= {*m.pods, *(host_prefix(a) for a in m.node.addresses)}
+    for peer in external:
+        out.add(host_prefix(peer.address))
+    return tuple(sorted(out, key=lambda p: (p.family, p.address, p.length)))
+
+
+def _tunnels(me: _Member, others: Iterable[_Member], options: RouteOptions) -> Iterable[Tunnel]:
+    if options.overlay is OverlayMode.NEVER:
+        return
+    for other in others:
+        for family in FAMILIES:
+            mine, theirs = me.addresses.get(family), other.addresses.get(family)
+            if mine is None or theirs is None or mine == theirs:
+                continue
+            if options.overlay is OverlayMode.ALWAYS or not same_subnet(mine, theirs, options):
+                yield Tunnel(other.node.name, theirs, vxlan_mac(other.node.name))
+
+
+def same_subnet(one: bytes, two: bytes, options: RouteOptions) -> bool:
+    """Whether two node addresses are on one link, as far as the subnets tell."""
+    known = [s for s in options.subnets if s.family is family_of(one)]
+    return not known or any(s.contains(one) and s.contains(two) for s in known)
+
+
+def vxlan_mac(node: str) -> bytes:
+    """The MAC of a node's VXLAN link: every node can tell everybody's (locally administered unicast)."""
+    return b"\x02" + hashlib.sha256(node.encode()).digest()[:5]
+
+
+def tunnel_link_local(mac: bytes) -> bytes:
+    """The link-local address that belongs to a MAC (modified EUI-64, RFC 4291 appendix A)."""
+    return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+
+
+def _overlap(one: Prefix, two: Prefix) -> bool:
+    return one.covers(two) or two.covers(one)
+
+
+__all__ = [
+    "Announcement",
+    "Encapsulation",
+    "NodePeer",
+    "RoutePlan",
+    "Tunnel",
+    "plan",
+    "same_subnet",
+    "tunnel_link_local",
+    "vxlan_mac",
+]

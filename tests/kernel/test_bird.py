@@ -1,0 +1,105 @@
+"""Rendered configurations in real BIRDs: sessions, routes in the kernel, and what must not get there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from netpol.model.net import parse_prefix
+from routes.bird import reply
+from routes.bird.render import node_name, render
+from routes.options import OverlayMode, RouteOptions
+from routes.plan import plan
+from tests.kernel.birdnet import BirdNet, bird_net
+
+pytestmark = pytest.mark.kernel
+
+
+def options(folder: Path, **more: object) -> RouteOptions:
+    return RouteOptions(run_dir=str(folder), **more)  # type: ignore[arg-type]
+
+
+def start_mesh(net: BirdNet, **more: object) -> None:
+    nodes = [h.node() for h in net.hosts.values()]
+    for name, host in net.hosts.items():
+        net.start(name, render(plan(nodes, name, options(host.folder, **more))))
+
+
+def all_routes(net: BirdNet) -> bool:
+    return all(
+        h.routes() == {p for o in net.hosts.values() if o is not h for p in o.pods}
+        for h in net.hosts.values()
+    )
+
+
+def test_a_mesh_of_three_routes_every_pod_range_both_families(tmp_path: Path) -> None:
+    with bird_net(tmp_path, [(1, 1), (1, 2), (1, 3)]) as net:
+        start_mesh(net)
+        assert net.wait(lambda: all_routes(net)), [h.routes() for h in net.hosts.values()]
+        one, two, three = net.hosts.values()
+        assert one.pings(two)
+        assert one.pings(three)
+        states = reply.protocols(one.ask("show protocols all"))
+        state = states[node_name("n2")]
+        assert state.established
+        assert (state.neighbor, state.asn) == ("10.0.1.2", 64512)
+        assert (state.imported, state.exported) == (2, 2)
+        views = reply.routes(one.ask("show route for 10.1.2.7 all"))
+        assert [(str(v.prefix), v.protocol, v.best) for v in views] == [
+            ("10.1.2.0/24", node_name("n2"), True)
+        ]
+
+
+def test_a_node_cannot_take_what_is_not_its_own(tmp_path: Path) -> None:
+    """n2 announces n1's range, n3's, the default route and a node's address; nothing gets anywhere."""
+    with bird_net(tmp_path, [(1, 1), (1, 2), (1, 3)]) as net:
+        nodes = [h.node() for h in net.hosts.values()]
+        made = {n: plan(nodes, n, options(net.hosts[n].folder)) for n in net.hosts}
+        for name in ("n1", "n3"):
+            net.start(name, render(made[name]))
+        rogue = render(made["n2"])
+        stolen = ["10.1.1.0/24", "10.1.3.0/24", "10.1.1.0/25", "0.0.0.0/0", "10.0.1.3/32"]
+        lines = "".join(f"  route {p} blackhole;\n" for p in stolen)
+        rogue = rogue.replace(
+            "protocol static own_pods4 { ipv4;\n", f"protocol static own_pods4 {{ ipv4;\n{lines}"
+        )
+        assert lines in rogue
+        net.start("n2", rogue)
+        one, three = net.hosts["n1"], net.hosts["n3"]
+        want = {*net.hosts["n2"].pods, *three.pods}
+        assert net.wait(lambda: one.routes() == want)
+        state = reply.protocols(one.ask("show protocols all"))[node_name("n2")]
+        assert state.imported == 2
+        views = reply.routes(one.ask("show route"))
+        assert {str(v.prefix) for v in views if v.protocol == node_name("n2")} == set(
+            net.hosts["n2"].pods
+        )
+        assert one.pings(three)
+
+
+def test_what_bird_refuses_is_told_with_its_line(tmp_path: Path) -> None:
+    with bird_net(tmp_path, [(1, 1)]) as net:
+        start_mesh(net)
+        host = net.hosts["n1"]
+        assert net.wait(host.socket.exists)
+        bad = tmp_path / "bad.conf"
+        bad.write_text("router id 10.0.0.1;\nprotocol nonsense {}\n", encoding="utf-8")
+        answer = host.ask(f'configure check "{bad}"')
+        assert answer.code == reply.CONFIG_ERROR
+        assert reply.config_fault(answer).line == 2
+        assert host.ask(f'configure check "{host.folder / "bird.conf"}"').code == reply.CONFIG_OK
+
+
+def test_a_peer_that_is_unreachable_is_never_reached_plainly(tmp_path: Path) -> None:
+    """Two subnets, tunnels wanted and no tunnel there: fail closed, not by the router."""
+    subnets = tuple(
+        parse_prefix(p) for p in ("10.0.1.0/24", "10.0.2.0/24", "fd00:1::/64", "fd00:2::/64")
+    )
+    with bird_net(tmp_path, [(1, 1), (1, 2), (2, 3)]) as net:
+        start_mesh(net, subnets=subnets, overlay=OverlayMode.CROSS_SUBNET)
+        one = net.hosts["n1"]
+        want = {*net.hosts["n2"].pods, *(f"unreachable {p}" for p in net.hosts["n3"].pods)}
+        assert net.wait(lambda: one.routes() == want), one.routes()
+        assert one.pings(net.hosts["n2"])
+        assert not one.pings(net.hosts["n3"])
