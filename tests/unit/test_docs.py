@@ -120,7 +120,7 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
 
 def _commands(text: str) -> Iterator[Command]:
     for first, second, rest in _COMMAND.findall(text):
-        if (first, second) in _parsers() or first == "lab" and second:
+        if (first, second) in _parsers() or (first == "lab" and second):
             # What follows -- is another program's.
             yield Command((first, second), rest.partition(" -- ")[0])
         else:

@@ -1,0 +1,210 @@
+"""BIRD as a process: its folder, starting it, finding one that runs, ending one that hangs.
+
+It is nobody's child: it puts itself in the background, with no pipe of ours that could fill, and goes on when
+the agent ends; the next agent finds it by its socket. What it is told is `routes.bird.engine`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import re
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from netpol.lib.errors import KernelMissingError, NoAnswerError
+from routes.bird.control import BirdControl
+from routes.bird.reply import ConfigFault
+
+_log = structlog.get_logger(__name__)
+
+#: The first version that all of the configuration was tried with.
+VERSION_MIN = (2, 0, 12)
+_VERSION = re.compile(r"BIRD (?:version )?(\d+)\.(\d+)(?:\.(\d+))?")
+#: Reading the configuration and answering takes BIRD milliseconds; a machine under load more.
+START_S = 10.0
+_TRY_S = 0.02
+_START_TRIES = round(START_S / _TRY_S)
+#: A killed process that is no child of ours is gone when /proc says so.
+_DEATH_TRIES = round(5.0 / _TRY_S)
+_FAULT = re.compile(r"^bird: .*?:(?P<line>\d+):(?P<column>\d+) (?P<what>.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where BIRD's files are; on a file system that is empty after a reboot."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """What BIRD reads."""
+        return self.path / "bird.conf"
+
+    @property
+    def candidate(self) -> Path:
+        """What is being checked."""
+        return self.path / "bird.conf.tmp"
+
+    @property
+    def last_good(self) -> Path:
+        """What was in force before the last change."""
+        return self.path / "bird.conf.last-good"
+
+    @property
+    def socket(self) -> Path:
+        """BIRD's control socket."""
+        return self.path / "bird.ctl"
+
+    @property
+    def pid(self) -> Path:
+        """BIRD's process number."""
+        return self.path / "bird.pid"
+
+
+class BirdDaemon:
+    """Starts and ends BIRD in the calling process's network namespace."""
+
+    def __init__(self, folder: Folder, *, binary: str = "bird", user: str = "bird") -> None:
+        self.folder, self._binary, self._user = folder, binary, user
+        self.starts = 0
+
+    async def check(self) -> str:
+        """The version of the program.
+
+        Raises:
+            KernelMissingError: there is none, or it is too old.
+        """
+        path = shutil.which(self._binary)
+        if path is None:
+            raise KernelMissingError(
+                "routes", needed="BIRD 2 (Debian package bird2)", got=f"no {self._binary}"
+            )
+        code, said = await self._run(path, "--version")
+        found = _VERSION.search(said)
+        if code or found is None:
+            raise KernelMissingError(f"{path} --version", needed="BIRD 2", got=said.strip()[:100])
+        version = tuple(int(part or 0) for part in found.groups())
+        if version < VERSION_MIN:
+            wanted = ".".join(map(str, VERSION_MIN))
+            raise KernelMissingError("routes", needed=f"BIRD {wanted} or later", got=found[0])
+        return found[0]
+
+    def prepare(self) -> None:
+        """Make the folder, which the daemon may write to and nobody else may read."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        group = self._group()
+        os.chown(self.folder.path, 0, group)
+        # setgid: what is made inside belongs to the daemon's group.
+        self.folder.path.chmod(0o2770)
+
+    def _group(self) -> int:
+        try:
+            return pwd.getpwnam(self._user).pw_gid
+        except KeyError as e:
+            raise KernelMissingError("routes", needed=f"the user {self._user}", got="none") from e
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a file that holds passwords: whole or not at all, for root and the daemon's group."""
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        try:
+            os.fchown(fd, 0, self._group())
+            data = text.encode()
+            while data:
+                data = data[os.write(fd, data) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    async def parse(self, path: Path) -> ConfigFault | None:
+        """Have the program read a file without a daemon; what is wrong with it, or None."""
+        code, said = await self._run(self._binary, "-p", "-c", str(path))
+        if not code:
+            return None
+        at = _FAULT.search(said)
+        return (
+            ConfigFault(int(at["line"]), at["what"]) if at else ConfigFault(0, said.strip()[:300])
+        )
+
+    async def answers(self, control: BirdControl) -> bool:
+        """Whether a BIRD listens at the socket."""
+        try:
+            await control.ask("show status")
+        except NoAnswerError:
+            return False
+        return True
+
+    async def start(self, control: BirdControl, *, recover: bool) -> None:
+        """Start it and wait until it answers.
+
+        Args:
+            control: asks at its socket.
+            recover: whether it takes over routes that a former one left in the kernel (-R). Without any,
+                it would wait for peers before it announced anything.
+
+        Raises:
+            NoAnswerError: it ended, or did not answer in time.
+        """
+        folder = self.folder
+        flags = ["-R"] if recover else []
+        code, said = await self._run(
+            self._binary,
+            *("-u", self._user, "-g", self._user),
+            *("-c", str(folder.config), "-s", str(folder.socket), "-P", str(folder.pid)),
+            *flags,
+        )
+        if code:
+            at = _FAULT.search(said)
+            raise NoAnswerError(
+                "BIRD", needed="it to start", got=at["what"] if at else said.strip()
+            )
+        self.starts += 1
+        _log.info("started BIRD", pid=self.running(), recover=recover)
+        for _ in range(_START_TRIES):
+            if await self.answers(control):
+                return
+            if self.running() is None:
+                raise NoAnswerError("BIRD", needed="it to run", got="it ended: see its log")
+            await asyncio.sleep(_TRY_S)
+        raise NoAnswerError("BIRD", needed=f"an answer in {START_S:g} s", got="none")
+
+    def running(self) -> int | None:
+        """The process number of the daemon of this folder, whoever started it; None for none."""
+        try:
+            pid = int(self.folder.pid.read_text(encoding="ascii"))
+            # Its own words: a number may be another program's by now, or another BIRD's.
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            return None
+        return pid if os.fsencode(self.folder.socket) in words else None
+
+    async def kill(self) -> None:
+        """End it at once, so that peers keep its routes until the next one speaks (never SIGTERM)."""
+        pid = self.running()
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        for _ in range(_DEATH_TRIES):
+            if self.running() is None:
+                return
+            await asyncio.sleep(_TRY_S)
+        raise NoAnswerError("BIRD", needed=f"process {pid} to end", got="still there")
+
+    async def _run(self, *command: str) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        said, _ = await process.communicate()
+        return process.returncode or 0, said.decode(errors="replace")

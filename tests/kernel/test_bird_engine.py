@@ -1,0 +1,265 @@
+"""The engine with real BIRDs: changes, refusals, deaths, adoption."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from netpol.kernel.netns import in_netns
+from netpol.lib.errors import KernelMissingError, NoAnswerError
+from routes.bird.daemon import BirdDaemon, Folder
+from routes.bird.engine import BirdEngine, RefusedError
+from routes.bird.render import render
+from routes.options import RouteOptions
+from routes.plan import plan
+from tests.kernel.birdnet import BirdNet, Host, bird_net
+
+pytestmark = pytest.mark.kernel
+T = TypeVar("T")
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Iterator[BirdNet]:
+    with bird_net(tmp_path, [(1, 1), (1, 2)]) as made:
+        yield made
+
+
+def options(host: Host) -> RouteOptions:
+    return RouteOptions(run_dir=str(host.folder / "run"))
+
+
+def config(net: BirdNet, name: str) -> str:
+    host = net.hosts[name]
+    return render(plan([h.node() for h in net.hosts.values()], name, options(host)))
+
+
+def folder(host: Host) -> Folder:
+    host.folder.chmod(0o755)
+    for parent in host.folder.parents[:3]:
+        parent.chmod(0o755)  # the daemon is another user
+    return Folder(host.folder / "run")
+
+
+def inside(host: Host, work: Callable[[BirdEngine], Awaitable[T]]) -> T:
+    """Run work with an engine in a node's namespace; BIRD outlives it."""
+
+    async def main() -> T:
+        engine = BirdEngine(BirdDaemon(folder(host)), has_routes=has_routes)
+        await engine.prepare()
+        try:
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    async def has_routes() -> bool:
+        return "proto bird" in host.run("ip", "route")
+
+    return in_netns(host.netns, lambda: asyncio.run(main()))
+
+
+@pytest.fixture(autouse=True)
+def no_birds_left(net: BirdNet) -> Iterator[None]:
+    yield
+    for host in net.hosts.values():
+        pid = BirdDaemon(folder(host)).running()
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+
+
+def pid_of(host: Host) -> int:
+    pid = BirdDaemon(folder(host)).running()
+    assert pid is not None
+    return pid
+
+
+def routes_come(net: BirdNet, one: Host, other: Host) -> bool:
+    net.nudge()
+    return net.wait(lambda: one.routes() == set(other.pods))
+
+
+async def start(engine: BirdEngine, text: str) -> bool:
+    return await engine.apply(text)
+
+
+def test_start_change_and_no_change(net: BirdNet) -> None:
+    one = net.hosts["n1"]
+
+    async def work(engine: BirdEngine) -> list[bool]:
+        text = config(net, "n1")
+        first = await engine.apply(text)
+        again = await engine.apply(text)
+        alone = render(plan([one.node()], "n1", options(one)))
+        changed = await engine.apply(alone)
+        sessions = [p for p in (await engine.protocols()).values() if p.kind == "BGP"]
+        assert sessions == []
+        return [first, again, changed]
+
+    assert inside(one, work) == [True, False, True]
+    mode = (one.folder / "run/bird.conf").stat()
+    assert mode.st_mode & 0o777 == 0o640
+    assert Path(f"/proc/{pid_of(one)}/status").read_text().split("Uid:\t")[1].split()[0] != "0"
+
+
+def test_a_refused_configuration_changes_nothing_and_names_its_line(net: BirdNet) -> None:
+    one, two = net.hosts.values()
+    good = config(net, "n1")
+    inside(two, lambda e: start(e, config(net, "n2")))
+    inside(one, lambda e: start(e, good))
+    assert routes_come_by_engines(one, two)
+    bad = good.replace("watchdog warning 2 s;", "nonsense here;")
+
+    async def work(engine: BirdEngine) -> tuple[int, str, str]:
+        with pytest.raises(RefusedError) as refused:
+            await engine.apply(bad)
+        return refused.value.fault.line, str(refused.value), engine._folder.config.read_text()
+
+    line, said, kept = inside(one, work)
+    assert bad.splitlines()[line - 1] == "nonsense here;"
+    assert f"line {line}" in said
+    assert kept == good
+    assert one.routes() == set(two.pods)
+
+
+def routes_come_by_engines(one: Host, other: Host) -> bool:
+    """Keep both daemons awake from within, until the routes are there."""
+
+    async def work(engine: BirdEngine) -> bool:
+        for _ in range(200):
+            await engine.control.ask("show status")
+            if one.routes() == set(other.pods) and other.routes() == set(one.pods):
+                return True
+            await asyncio.sleep(0.1)
+        return False
+
+    return inside(one, work)
+
+
+def test_a_first_configuration_that_is_refused_starts_nothing(net: BirdNet) -> None:
+    one = net.hosts["n1"]
+
+    async def work(engine: BirdEngine) -> str:
+        with pytest.raises(RefusedError) as refused:
+            await engine.apply("protocol nonsense {}\n")
+        return str(refused.value)
+
+    assert "line 1" in inside(one, work)
+    assert BirdDaemon(folder(one)).running() is None
+
+
+def test_bird_outlives_the_agent_and_is_found_again(net: BirdNet) -> None:
+    one = net.hosts["n1"]
+    text = config(net, "n1")
+    inside(one, lambda e: start(e, text))
+    before = pid_of(one)
+
+    async def again(engine: BirdEngine) -> bool:
+        assert engine.status.running
+        return await engine.apply(text)
+
+    assert inside(one, again) is False
+    assert pid_of(one) == before
+
+
+def test_a_bird_that_dies_is_started_again_without_a_lost_packet(net: BirdNet) -> None:
+    one, two = net.hosts.values()
+    inside(two, lambda e: start(e, config(net, "n2")))
+    inside(one, lambda e: start(e, config(net, "n1")))
+    assert routes_come_by_engines(one, two)
+
+    async def work(engine: BirdEngine) -> str:
+        running = asyncio.create_task(engine.run())
+        flood = asyncio.create_task(
+            asyncio.to_thread(
+                one.run,
+                "ping",
+                "-c",
+                "200",
+                "-i",
+                "0.05",
+                "-I",
+                one.pod_addresses[0],
+                two.pod_addresses[0],
+            )
+        )
+        await asyncio.sleep(1)
+        pid = pid_of(one)
+        os.kill(pid, signal.SIGKILL)
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            if BirdDaemon(folder(one)).running() not in (None, pid):
+                break
+        said = await flood
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert engine.status.starts >= 1
+        return said
+
+    assert " 0% packet loss" in inside(one, work)
+    assert one.routes() == set(two.pods)
+
+
+def test_a_risky_change_that_breaks_what_worked_is_undone(net: BirdNet, monkeypatch) -> None:
+    one, two = net.hosts.values()
+    inside(two, lambda e: start(e, config(net, "n2")))
+    good = config(net, "n1")
+    inside(one, lambda e: start(e, good))
+    assert routes_come_by_engines(one, two)
+    monkeypatch.setattr("routes.bird.engine.RISK_S", 6)
+    wrong = good.replace(" as 64512;\n  neighbor", " as 64999;\n  neighbor")
+    assert wrong != good
+
+    async def work(engine: BirdEngine) -> str:
+        async def healthy() -> bool:
+            states = (await engine.protocols()).values()
+            return any(p.established for p in states)
+
+        with pytest.raises(NoAnswerError, match="undone"):
+            await engine.apply(wrong, healthy=healthy)
+        assert engine.status.reverts == 1
+        return engine._folder.config.read_text()
+
+    assert inside(one, work) == good
+    assert routes_come_by_engines(one, two)
+
+
+def test_a_port_that_is_taken_is_told_and_taken_when_free(net: BirdNet) -> None:
+    one, two = net.hosts.values()
+    inside(two, lambda e: start(e, config(net, "n2")))
+    squatter = in_netns(one.netns, lambda: socket.create_server(("10.0.1.1", 179)))
+
+    async def work(engine: BirdEngine) -> None:
+        running = asyncio.create_task(engine.run())
+        await engine.apply(config(net, "n1"))
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            if "taken" in engine.status.error:
+                break
+        assert "taken" in engine.status.error
+        squatter.close()
+        for _ in range(200):
+            await asyncio.sleep(0.1)
+            if not engine.status.error and engine.status.established:
+                break
+        assert engine.status.error == ""
+        assert engine.status.established == 1
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    inside(one, work)
+
+
+async def test_no_bird_and_an_old_bird_are_named(tmp_path: Path) -> None:
+    with pytest.raises(KernelMissingError, match="bird2"):
+        await BirdDaemon(Folder(tmp_path), binary="no-such-bird").check()
+    old = tmp_path / "bird"
+    old.write_text("#!/bin/sh\necho BIRD version 1.6.8\n")
+    old.chmod(0o755)
+    with pytest.raises(KernelMissingError, match=r"2\.0\.12 or later"):
+        await BirdDaemon(Folder(tmp_path), binary=str(old)).check()
