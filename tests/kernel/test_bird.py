@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from netpol.kernel.netns import in_netns
+from netpol.kernel.overlay import apply_overlay
 from netpol.model.net import parse_prefix
 from routes.bird import reply
 from routes.bird.render import node_name, render
 from routes.options import OverlayMode, RouteOptions
+from routes.overlay import LINK_PREFIXES, overlay_of
 from routes.plan import plan
 from tests.kernel.birdnet import BirdNet, bird_net
 
 pytestmark = pytest.mark.kernel
+
+SUBNETS = tuple(
+    parse_prefix(p) for p in ("10.0.1.0/24", "10.0.2.0/24", "fd00:1::/64", "fd00:2::/64")
+)
 
 
 def options(folder: Path, **more: object) -> RouteOptions:
@@ -93,13 +100,70 @@ def test_what_bird_refuses_is_told_with_its_line(tmp_path: Path) -> None:
 
 def test_a_peer_that_is_unreachable_is_never_reached_plainly(tmp_path: Path) -> None:
     """Two subnets, tunnels wanted and no tunnel there: fail closed, not by the router."""
-    subnets = tuple(
-        parse_prefix(p) for p in ("10.0.1.0/24", "10.0.2.0/24", "fd00:1::/64", "fd00:2::/64")
-    )
     with bird_net(tmp_path, [(1, 1), (1, 2), (2, 3)]) as net:
-        start_mesh(net, subnets=subnets, overlay=OverlayMode.CROSS_SUBNET)
+        start_mesh(net, subnets=SUBNETS, overlay=OverlayMode.CROSS_SUBNET)
         one = net.hosts["n1"]
         want = {*net.hosts["n2"].pods, *(f"unreachable {p}" for p in net.hosts["n3"].pods)}
         assert net.wait(lambda: one.routes() == want), one.routes()
         assert one.pings(net.hosts["n2"])
         assert not one.pings(net.hosts["n3"])
+
+
+def overlay(net: BirdNet, name: str, *, prune: bool, mode: OverlayMode) -> list[str]:
+    host = net.hosts[name]
+    nodes = [h.node() for h in net.hosts.values()]
+    made = plan(nodes, name, options(host.folder, subnets=SUBNETS, overlay=mode))
+    state = overlay_of(made, underlay_mtu=1500)
+    return in_netns(host.netns, lambda: apply_overlay(state, prefixes=LINK_PREFIXES, prune=prune))
+
+
+def test_vxlan_crosses_a_router_that_knows_no_pod_route(tmp_path: Path) -> None:
+    with bird_net(tmp_path, [(1, 1), (1, 2), (2, 3)]) as net:
+        cross = OverlayMode.CROSS_SUBNET
+        for name in net.hosts:
+            assert overlay(net, name, prune=True, mode=cross)
+            assert overlay(net, name, prune=True, mode=cross) == []  # a second run changes nothing
+        start_mesh(net, subnets=SUBNETS, overlay=cross)
+        assert net.wait(lambda: all_routes(net)), [h.routes() for h in net.hosts.values()]
+        one, two, three = net.hosts.values()
+        assert one.pings(two)
+        assert one.pings(three)
+        assert three.pings(two)
+        assert "mtu 1450" in one.run("ip", "link", "show", "knp-vxlan0")
+        # Without the link there is no other way; with it again, the way is back without a word to BIRD.
+        one.run("ip", "link", "delete", "knp-vxlan0")
+        gone = {*two.pods, *(f"unreachable {p}" for p in three.pods)}
+        assert net.wait(lambda: one.routes() == gone), one.routes()
+        assert overlay(net, "n1", prune=True, mode=cross)
+        assert net.wait(lambda: one.routes() == {*two.pods, *three.pods}), one.routes()
+        assert one.pings(three)
+
+
+def test_always_never_takes_the_plain_way(tmp_path: Path) -> None:
+    with bird_net(tmp_path, [(1, 1), (1, 2)]) as net:
+        always = OverlayMode.ALWAYS
+        start_mesh(net, subnets=SUBNETS, overlay=always)
+        one, two = net.hosts.values()
+        closed = {f"unreachable {p}" for p in two.pods}
+        assert net.wait(lambda: one.routes() == closed), one.routes()
+        assert not one.pings(two)
+        for name in net.hosts:
+            overlay(net, name, prune=True, mode=always)
+        assert net.wait(lambda: all_routes(net)), one.routes()
+        assert one.pings(two)
+        assert "dev knp-vxlan0" in one.run("ip", "route", "get", two.pod_addresses[0])
+        # The mode changes while it runs: first the routes, then the links.
+        nodes = [h.node() for h in net.hosts.values()]
+        for name, host in net.hosts.items():
+            text = render(plan(nodes, name, options(host.folder, overlay=OverlayMode.NEVER)))
+            (host.folder / "bird.conf").write_text(text, encoding="utf-8")
+            assert not host.ask("configure").failed
+        assert net.wait(
+            lambda: all(
+                " dev eth0 " in a.run("ip", "route", "get", address)
+                for a, b in ((one, two), (two, one))
+                for address in b.pod_addresses
+            )
+        )
+        assert one.pings(two)
+        assert reply.established(reply.protocols(one.ask("show protocols all")).values()) == 1

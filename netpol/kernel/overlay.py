@@ -1,0 +1,266 @@
+"""The links that carry pods' packets between subnets: VXLAN with its forwarding table, IPIP tunnels.
+
+Nothing is learnt from packets: every remote's MAC follows from its name, so that forwarding entries and
+neighbours are written beforehand and for good. Owns the links whose names it is given, their entries and
+nothing else; who is a remote is the caller's. rtnetlink through pyroute2, in the calling thread's namespace.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pyroute2 import IPRoute, NetlinkError
+
+from netpol.lib.errors import KernelError
+from netpol.model.net import Family, family_of, format_address
+
+#: linux/neighbour.h
+_NUD_PERMANENT = 0x80
+#: What an encapsulation puts before the packet: outer IP, UDP, VXLAN and inner Ethernet headers.
+VXLAN_BYTES = {Family.V4: 50, Family.V6: 70}
+IPIP_BYTES = {Family.V4: 20, Family.V6: 40}
+
+
+class Vxlan(NamedTuple):
+    """A VXLAN link: its network, its UDP port, and this node's end."""
+
+    name: str
+    vni: int
+    port: int
+    local: bytes
+    mac: bytes
+    mtu: int
+
+
+class Ipip(NamedTuple):
+    """A tunnel: of many ends (no remote, IPv4 alone), or to one (IPv6 in IPv6)."""
+
+    name: str
+    local: bytes
+    mtu: int
+    remote: bytes = b""
+
+
+class Remote(NamedTuple):
+    """Another node behind the VXLAN: where its packets go, and the next hops that mean it."""
+
+    mac: bytes
+    underlay: bytes
+    next_hops: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayState:
+    """All links that should be there."""
+
+    vxlan: Vxlan | None = None
+    remotes: frozenset[Remote] = frozenset()
+    tunnels: frozenset[Ipip] = frozenset()
+
+
+def apply_overlay(
+    want: OverlayState, *, prefixes: tuple[str, ...], prune: bool, route: IPRoute | None = None
+) -> list[str]:
+    """Make links and entries; with `prune`, also remove those that are not wanted.
+
+    Whoever uses a remote comes between the two: entries are there before a route needs them, and go when
+    none does any more.
+
+    Args:
+        want: what should be there.
+        prefixes: names of links that are ours start so; only those are ever removed.
+        prune: whether to remove what is not wanted.
+        route: a socket to use; one of its own without it.
+
+    Returns:
+        What was changed, in words.
+
+    Raises:
+        KernelError: the kernel refuses something.
+    """
+    if route is None:
+        with IPRoute() as own:
+            return apply_overlay(want, prefixes=prefixes, prune=prune, route=own)
+    try:
+        return _Overlay(route, prefixes).apply(want, prune=prune)
+    except NetlinkError as e:
+        raise KernelError("overlay", got=f"{e.args[1] if len(e.args) > 1 else e}") from e
+
+
+class _Overlay:
+    def __init__(self, route: IPRoute, prefixes: tuple[str, ...]) -> None:
+        self._route, self._prefixes = route, prefixes
+        self._done: list[str] = []
+
+    def apply(self, want: OverlayState, *, prune: bool) -> list[str]:
+        links = self._links()
+        if want.vxlan is not None:
+            index = self._vxlan(want.vxlan, links.get(want.vxlan.name))
+            self._remotes(index, want.remotes, prune=prune)
+        for tunnel in sorted(want.tunnels):
+            self._tunnel(tunnel, links.get(tunnel.name))
+        if prune:
+            keep = {t.name for t in want.tunnels} | ({want.vxlan.name} if want.vxlan else set())
+            for name, link in links.items():
+                if name not in keep:
+                    self._delete(link)
+        return self._done
+
+    def _links(self) -> dict[str, Any]:
+        found = {str(link.get("IFLA_IFNAME")): link for link in self._route.get_links()}
+        return {name: link for name, link in found.items() if name.startswith(self._prefixes)}
+
+    def _delete(self, link: Any) -> None:
+        self._route.link("del", index=link["index"])
+        self._done.append(f"removed link {link.get('IFLA_IFNAME')}")
+
+    # -- vxlan ------------------------------------------------------------------------------
+
+    def _vxlan(self, want: Vxlan, have: Any | None) -> int:
+        if have is not None and not _is_vxlan(have, want):
+            self._delete(have)
+            have = None
+        if have is None:
+            v6 = family_of(want.local) is Family.V6
+            local = {"vxlan_local6" if v6 else "vxlan_local": format_address(want.local)}
+            self._route.link(
+                "add",
+                ifname=want.name,
+                kind="vxlan",
+                vxlan_id=want.vni,
+                vxlan_port=want.port,
+                vxlan_learning=0,
+                address=_mac(want.mac),
+                mtu=want.mtu,
+                **local,
+            )
+            self._done.append(f"made link {want.name}")
+            have = self._links()[want.name]
+        index = int(have["index"])
+        if have.get("IFLA_MTU") != want.mtu:
+            self._route.link("set", index=index, mtu=want.mtu)
+            self._done.append(f"{want.name}: mtu {want.mtu}")
+        if have.get("IFLA_OPERSTATE") != "UNKNOWN" or not have["flags"] & 1:
+            self._route.link("set", index=index, state="up")
+        return index
+
+    def _remotes(self, index: int, remotes: Iterable[Remote], *, prune: bool) -> None:
+        forwarding = {(_mac(r.mac), format_address(r.underlay)) for r in remotes}
+        neighbours = {(format_address(n), _mac(r.mac)) for r in remotes for n in r.next_hops}
+        have_forwarding, have_neighbours = self._forwarding(index), self._neighbours(index)
+        stale = have_forwarding - forwarding
+        for mac, dst in sorted(forwarding - have_forwarding):
+            # One address a MAC: a node that changed its address has its old entry replaced now.
+            for old in sorted(o for m, o in stale if m == mac):
+                self._route.fdb("del", ifindex=index, lladdr=mac, dst=old)
+            self._route.fdb("append", ifindex=index, lladdr=mac, dst=dst)
+            self._done.append(f"forwarding {mac} to {dst}")
+        for address, mac in sorted(neighbours - have_neighbours):
+            self._neigh("replace", index, address=address, mac=mac)
+            self._done.append(f"neighbour {address} is {mac}")
+        if not prune:
+            return
+        for mac, dst in sorted(self._forwarding(index) - forwarding):
+            self._route.fdb("del", ifindex=index, lladdr=mac, dst=dst)
+            self._done.append(f"no forwarding {mac} to {dst}")
+        wanted = {address for address, _ in neighbours}
+        for address, mac in sorted(have_neighbours):
+            if address not in wanted:
+                self._neigh("del", index, address=address, mac=mac)
+                self._done.append(f"no neighbour {address}")
+
+    def _neigh(self, command: str, index: int, *, address: str, mac: str) -> None:
+        more = {} if command == "del" else {"lladdr": mac, "state": _NUD_PERMANENT}
+        self._route.neigh(command, ifindex=index, dst=address, **more)
+
+    def _forwarding(self, index: int) -> set[tuple[str, str]]:
+        out = set()
+        for entry in self._route.fdb("dump", ifindex=index):
+            mac, dst = entry.get("NDA_LLADDR"), entry.get("NDA_DST")
+            if entry["ifindex"] == index and mac and dst and mac != "00:00:00:00:00:00":
+                out.add((mac, str(ipaddress.ip_address(dst))))
+        return out
+
+    def _neighbours(self, index: int) -> set[tuple[str, str]]:
+        out = set()
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for entry in self._route.get_neighbours(family=family, ifindex=index):
+                mac, dst = entry.get("NDA_LLADDR"), entry.get("NDA_DST")
+                if mac and dst and entry["ifindex"] == index and entry["state"] == _NUD_PERMANENT:
+                    out.add((str(ipaddress.ip_address(dst)), mac))
+        return out
+
+    # -- tunnels ----------------------------------------------------------------------------
+
+    def _tunnel(self, want: Ipip, have: Any | None) -> None:
+        if have is not None and not _is_tunnel(have, want):
+            self._delete(have)
+            have = None
+        if have is None:
+            self._route.link("add", **_tunnel_attributes(want))
+            self._done.append(f"made link {want.name}")
+            have = self._links()[want.name]
+        if have.get("IFLA_MTU") != want.mtu or not have["flags"] & 1:
+            self._route.link("set", index=have["index"], mtu=want.mtu, state="up")
+
+
+def _tunnel_attributes(want: Ipip) -> dict[str, Any]:
+    local = format_address(want.local)
+    if family_of(want.local) is Family.V4:
+        return {"ifname": want.name, "kind": "ipip", "ipip_local": local, "ipip_proto": 4}
+    return {
+        "ifname": want.name,
+        "kind": "ip6tnl",
+        "ip6tnl_local": local,
+        "ip6tnl_remote": format_address(want.remote),
+        "ip6tnl_proto": 41,
+        # linux/ip6_tunnel.h IP6_TNL_F_IGN_ENCAP_LIMIT: without the extra header the MTU is what it seems.
+        "ip6tnl_flags": 0x1,
+        "ip6tnl_encap_limit": 0,
+    }
+
+
+def _data(link: Any) -> Any:
+    info = link.get("IFLA_LINKINFO")
+    return info.get("IFLA_INFO_DATA") if info else None
+
+
+def _kind(link: Any) -> str:
+    info = link.get("IFLA_LINKINFO")
+    return str(info.get("IFLA_INFO_KIND")) if info else ""
+
+
+def _is_vxlan(link: Any, want: Vxlan) -> bool:
+    data = _data(link)
+    if _kind(link) != "vxlan" or data is None or link.get("IFLA_ADDRESS") != _mac(want.mac):
+        return False
+    v6 = family_of(want.local) is Family.V6
+    local = data.get("IFLA_VXLAN_LOCAL6" if v6 else "IFLA_VXLAN_LOCAL")
+    return (
+        data.get("IFLA_VXLAN_ID") == want.vni
+        and data.get("IFLA_VXLAN_PORT") == want.port
+        and not data.get("IFLA_VXLAN_LEARNING")
+        and local is not None
+        and ipaddress.ip_address(local).packed == want.local
+    )
+
+
+def _is_tunnel(link: Any, want: Ipip) -> bool:
+    data = _data(link)
+    if data is None:
+        return False
+    if family_of(want.local) is Family.V4:
+        return _kind(link) == "ipip" and data.get("IFLA_IPIP_LOCAL") == format_address(want.local)
+    return (
+        _kind(link) == "ip6tnl"
+        and data.get("IFLA_IP6TNL_LOCAL") == format_address(want.local)
+        and data.get("IFLA_IP6TNL_REMOTE") == format_address(want.remote)
+    )
+
+
+def _mac(mac: bytes) -> str:
+    return ":".join(f"{b:02x}" for b in mac)
