@@ -160,9 +160,9 @@ def test_always_never_takes_the_plain_way(tmp_path: Path) -> None:
             assert not host.ask("configure").failed
         assert net.wait(
             lambda: all(
-                " dev eth0 " in a.run("ip", "route", "get", address)
+                f" via {hop} dev eth0 " in a.run("ip", "route", "get", address)
                 for a, b in ((one, two), (two, one))
-                for address in b.pod_addresses
+                for address, hop in zip(b.pod_addresses, b.addresses, strict=True)
             )
         )
         assert one.pings(two)
