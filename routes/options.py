@@ -115,6 +115,8 @@ class RouteOptions:
         mesh: whether every node peers with every other.
         peers: routers that every node peers with.
         advertise_pod_cidr: whether they are told this node's podCIDRs.
+        advertise_cluster_ip, advertise_external_ip, advertise_load_balancer_ip: which addresses of
+            Services they are told; a Service's annotation says otherwise for itself.
         restart_s: how long peers keep our routes while BIRD restarts (RFC 4724).
         drain: announce with the graceful-shutdown community (RFC 8326), to be left alone.
     """
@@ -129,6 +131,9 @@ class RouteOptions:
     mesh: bool = True
     peers: tuple[ExternalPeer, ...] = ()
     advertise_pod_cidr: bool = True
+    advertise_cluster_ip: bool = False
+    advertise_external_ip: bool = False
+    advertise_load_balancer_ip: bool = False
     hold_s: int = 90
     keepalive_s: int = 0
     graceful_restart: bool = True

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netpol.kernel import netns
+from netpol.lib.errors import NetpolError
 from netpol.model.net import parse_address, parse_prefix
 from netpol.model.objects import Node
 from routes.bird.control import BirdControl
@@ -63,24 +64,11 @@ class Host:
 
     def run(self, *command: str) -> str:
         """Run a command inside; its output."""
-        done = subprocess.run(
-            ["ip", "netns", "exec", self.netns, *command],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        return done.stdout + done.stderr
+        return _run(self.netns, *command)
 
     def routes(self) -> set[str]:
         """Prefixes of BIRD's routes in the kernel; unreachable ones with their word before them."""
-        out = set()
-        for family in ("-4", "-6"):
-            for line in self.run("ip", family, "route", "show", "proto", "bird").splitlines():
-                words = line.split()
-                if words and not line.startswith("\t"):
-                    out.add(" ".join(words[:2]) if words[0] == "unreachable" else words[0])
-        return out
+        return _routes(self.netns)
 
     def pings(self, other: Host) -> bool:
         """Whether its pod addresses reach another's, both families."""
@@ -101,6 +89,27 @@ class Host:
                 await control.close()
 
         return asyncio.run(talk())
+
+
+def _run(space: str, *command: str) -> str:
+    done = subprocess.run(
+        ["ip", "netns", "exec", space, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return done.stdout + done.stderr
+
+
+def _routes(space: str) -> set[str]:
+    out = set()
+    for family in ("-4", "-6"):
+        for line in _run(space, "ip", family, "route", "show", "proto", "bird").splitlines():
+            words = line.split()
+            if words and not line.startswith("\t"):
+                out.add(" ".join(words[:2]) if words[0] == "unreachable" else words[0])
+    return out
 
 
 class BirdNet:
@@ -166,10 +175,18 @@ class BirdNet:
         host = self.hosts[name]
         path = host.folder / "bird.conf"
         path.write_text(config, encoding="utf-8")
+        self.run_bird(name, host.netns, path, *flags)
+
+    def routes_in(self, space: str) -> set[str]:
+        """BIRD's routes in any namespace."""
+        return _routes(space)
+
+    def run_bird(self, name: str, space: str, path: Path, *flags: str) -> None:
+        """Start a BIRD with a file of one's own; its socket is beside the file."""
         self._daemons[name] = subprocess.Popen(
             [
-                *("ip", "netns", "exec", host.netns),
-                *("bird", "-f", "-c", str(path), "-s", str(host.socket), *flags),
+                *("ip", "netns", "exec", space),
+                *("bird", "-f", "-c", str(path), "-s", str(path.with_suffix(".ctl")), *flags),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -184,8 +201,8 @@ class BirdNet:
 
     def nudge(self) -> None:
         """Ask every BIRD something: an idle one sleeps up to three seconds with work to do."""
-        for name in self._daemons:
-            with contextlib.suppress(Exception):
+        for name in self._daemons.keys() & self.hosts.keys():
+            with contextlib.suppress(NetpolError):
                 self.hosts[name].ask("show status")
 
     def wait(self, condition: Callable[[], bool], *, within_s: float = 20.0) -> bool:

@@ -1,0 +1,104 @@
+"""What the kernel routes by BIRD, and the link that leads to the other nodes: rtnetlink, read only.
+
+BIRD writes the routes; this reads the truth back. In the calling thread's network namespace.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from pyroute2 import IPRoute, NetlinkError
+
+from netpol.lib.errors import KernelError
+from netpol.model.net import Prefix, masked
+
+#: linux/rtnetlink.h: who made a route (RTPROT_BIRD), the main table, what a route does (RTN_*).
+_RTPROT_BIRD = 12
+_RT_TABLE_MAIN = 254
+_RTN_UNICAST = 1
+
+
+class KernelRoute(NamedTuple):
+    """A route of BIRD's: `reachable` is false for one that only refuses."""
+
+    prefix: Prefix
+    reachable: bool
+    gateways: tuple[bytes, ...]
+    link: int
+
+
+class Underlay(NamedTuple):
+    """The link that has the node's address.
+
+    Attributes:
+        name: of the link.
+        mtu: bytes that it takes.
+        subnets: what it is connected to, of both families; link-local is no subnet.
+    """
+
+    name: str
+    mtu: int
+    subnets: tuple[Prefix, ...]
+
+
+def bird_routes() -> tuple[KernelRoute, ...]:
+    """All routes of BIRD's in the main table, both families.
+
+    Raises:
+        KernelError: the kernel does not answer.
+    """
+    out: list[KernelRoute] = []
+    try:
+        with IPRoute() as route:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                found = route.get_routes(family=family, table=_RT_TABLE_MAIN, proto=_RTPROT_BIRD)
+                out += [_route(m, family) for m in found]
+    except NetlinkError as e:
+        raise KernelError("reading routes", got=str(e)) from e
+    return tuple(out)
+
+
+def _route(message: Any, family: int) -> KernelRoute:
+    text = message.get("RTA_DST")
+    bits = 4 if family == socket.AF_INET else 16
+    address = ipaddress.ip_address(text).packed if text else bytes(bits)
+    hops = message.get("RTA_MULTIPATH") or [message]
+    gateways = tuple(
+        ipaddress.ip_address(g).packed for h in hops if (g := h.get("RTA_GATEWAY")) is not None
+    )
+    return KernelRoute(
+        Prefix(address, message["dst_len"]),
+        message["type"] == _RTN_UNICAST,
+        gateways,
+        message.get("RTA_OIF") or 0,
+    )
+
+
+def underlay(addresses: Collection[bytes]) -> Underlay | None:
+    """The link with one of these addresses; None where there is none.
+
+    Raises:
+        KernelError: the kernel does not answer.
+    """
+    try:
+        with IPRoute() as route:
+            found = [
+                (m["index"], ipaddress.ip_address(text).packed, m["prefixlen"])
+                for m in route.get_addr()
+                if (text := m.get("IFA_LOCAL") or m.get("IFA_ADDRESS"))
+            ]
+            index = next((i for i, a, _ in found if a in addresses), None)
+            if index is None:
+                return None
+            (link,) = route.get_links(index)
+    except NetlinkError as e:
+        raise KernelError("reading addresses", got=str(e)) from e
+    subnets = {
+        masked(a, length)
+        for i, a, length in found
+        if i == index and not ipaddress.ip_address(a).is_link_local
+    }
+    return Underlay(str(link.get("IFLA_IFNAME")), int(link.get("IFLA_MTU")), tuple(sorted(subnets)))

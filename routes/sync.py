@@ -1,0 +1,255 @@
+"""The routes room: keeps BIRD, the overlay and the CNI configuration at what nodes and Services say.
+
+Events only mark; one run plans everything anew, in an order that leaves no route without its tunnel:
+
+    entries of the overlay that are needed  ->  BIRD's configuration  ->  entries that are not any more
+
+Nothing is written before the caches are in sync; BIRD and its routes go on when the agent ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from netpol.aio.clock import Clock, SystemClock
+from netpol.aio.runner import BoundedRunner
+from netpol.kernel.overlay import IPIP_BYTES, VXLAN_BYTES, apply_overlay
+from netpol.kernel.routes import KernelRoute, Underlay, bird_routes, underlay
+from netpol.lib.errors import InputError, KernelError, NetpolError
+from netpol.model.net import Family, Prefix
+from netpol.model.objects import EndpointSlice, Node, Service
+from routes.bird.engine import BirdEngine
+from routes.bird.render import render
+from routes.bird.reply import ProtocolState
+from routes.cni import keep_conflist
+from routes.options import Encapsulation, OverlayMode, RouteOptions
+from routes.overlay import LINK_PREFIXES, overlay_of
+from routes.plan import RoutePlan, plan
+from routes.vips import announced
+
+_log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+#: Nodes come in bursts; a change of endpoints must be announced within a second.
+DEBOUNCE_S = 0.1
+#: A mean share of sessions and routes that a risky change may cost.
+HEALTHY_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the API says, as far as routes are concerned."""
+
+    nodes: tuple[Node, ...] = ()
+    services: tuple[Service, ...] = ()
+    slices: tuple[EndpointSlice, ...] = ()
+
+
+@dataclass(slots=True)
+class RoutesStatus:
+    """What status, metrics and readiness show.
+
+    `missing` are the routes that BIRD wants in the kernel and that are not there.
+    """
+
+    applied_at_s: float | None = None
+    applies: int = 0
+    failures: int = 0
+    error: str = ""
+    conflist_error: str = ""
+    problems: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+class RoutesRoom:
+    """Applies a plan of routes to the node."""
+
+    def __init__(
+        self,
+        engine: BirdEngine,
+        *,
+        node: str,
+        options: RouteOptions,
+        facts: Callable[[], Facts],
+        cni_conf_dir: Path | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """Args: facts: gives the caches' contents.
+
+        cni_conf_dir: where the conflist is kept; None to leave the CNI alone.
+        """
+        self._engine, self._node, self._facts = engine, node, facts
+        self.options = options
+        self._cni_conf_dir = cni_conf_dir
+        self._clock = clock or SystemClock()
+        self.status = RoutesStatus()
+        self.plan: RoutePlan | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="routes")
+        self._started = False
+        self.runner = BoundedRunner(
+            self._run,
+            min_s=DEBOUNCE_S,
+            retry_s=1.0,
+            max_s=30.0,
+            clock=self._clock,
+            on_error=self._failed,
+            resync_s=30.0,
+        )
+
+    # -- marks ------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Something that the plan reads is another now."""
+        if self._started:
+            self.runner.mark()
+
+    def start(self) -> None:
+        """The caches are in sync."""
+        self._started = True
+        self.runner.mark()
+
+    def drain(self, *, on: bool) -> None:
+        """Ask to be left alone by routers outside, or no longer."""
+        self.options = replace(self.options, drain=on)
+        self.changed()
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything was applied once and the last time."""
+        return self.status.applied_at_s is not None and not self.status.error
+
+    # -- running ----------------------------------------------------------------------------
+
+    async def run_forever(self) -> None:
+        """Serve marks and keep BIRD running until cancelled; BIRD goes on."""
+        await self._engine.prepare()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.runner.run_forever(), name="routes runner")
+            group.create_task(self._engine.run(), name="bird")
+
+    async def _run(self) -> None:
+        if not self._started:
+            return
+        facts = self._facts()
+        mine = next((n for n in facts.nodes if n.name == self._node), None)
+        if mine is None:
+            raise InputError(f"node {self._node}", needed="a Node object", got="none: routes stay")
+        link = await self._kernel(lambda: underlay(mine.addresses))
+        if link is None:
+            raise KernelError(f"node {self._node}", needed="a link with an address of its Node")
+        options = self._live_options(link)
+        vips = announced(
+            facts.services, facts.slices, facts.nodes, node=self._node, options=options
+        )
+        made = plan(facts.nodes, self._node, options, vips=vips)
+        self._conflist(made, link)
+        overlay = overlay_of(made, underlay_mtu=link.mtu)
+        make = partial(apply_overlay, overlay, prefixes=LINK_PREFIXES)
+        await self._kernel(lambda: make(prune=False))
+        healthy = await self._risk(made)
+        if await self._engine.apply(render(made), healthy=healthy):
+            self.status.applies += 1
+        self.plan = made
+        await self._kernel(lambda: make(prune=True))
+        self.status.problems = made.problems
+        self.status.applied_at_s = self._clock.monotonic()
+        self.status.error = ""
+
+    def _live_options(self, link: Underlay) -> RouteOptions:
+        """The settings, and what only the node's own link tells."""
+        subnets = self.options.subnets or link.subnets
+        return replace(self.options, interface=link.name, subnets=subnets)
+
+    def _conflist(self, made: RoutePlan, link: Underlay) -> None:
+        """The CNI's part; what is wrong with its file must not stop routes."""
+        if self._cni_conf_dir is None:
+            return
+        self.status.conflist_error = ""
+        try:
+            if keep_conflist(self._cni_conf_dir, made.own_pods, mtu=pod_mtu(made, link.mtu)):
+                _log.info("wrote the CNI configuration", ranges=[str(p) for p in made.own_pods])
+        except NetpolError as e:
+            self.status.conflist_error = str(e)
+
+    async def _risk(self, made: RoutePlan) -> Callable[[], Awaitable[bool]] | None:
+        """A check that what worked goes on, where a change may break all of it at once."""
+        if self.plan is None or not risky(self.plan, made):
+            return None
+        up = {n for n, p in (await self._engine.protocols()).items() if p.established}
+        had = len(await self._kernel(bird_routes))
+
+        async def healthy() -> bool:
+            now = await self._engine.protocols()
+            kept = [n for n in up if n in now]
+            alive = sum(now[n].established for n in kept)
+            routes = len(await self._kernel(bird_routes))
+            return alive >= len(kept) * HEALTHY_SHARE and (
+                not kept or routes >= had * HEALTHY_SHARE
+            )
+
+        return healthy
+
+    async def _kernel(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _failed(self, error: Exception) -> None:
+        self.status.failures += 1
+        self.status.error = str(error) or type(error).__name__
+        known = isinstance(error, NetpolError)
+        _log.error("routes failed", error=self.status.error, exc_info=None if known else error)
+
+    # -- reading back -----------------------------------------------------------------------
+
+    async def view(self) -> RoutesView:
+        """What BIRD and the kernel have now, for people."""
+        states = await self._engine.protocols()
+        kernel = await self._kernel(bird_routes)
+        return RoutesView(self.plan, states, kernel)
+
+    def close(self) -> None:
+        """Let go; BIRD and routes stay."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutesView:
+    """The plan, BIRD's protocols, the kernel's routes."""
+
+    plan: RoutePlan | None
+    protocols: dict[str, ProtocolState] = field(default_factory=dict)
+    kernel: tuple[KernelRoute, ...] = ()
+
+
+def pod_mtu(made: RoutePlan, underlay_mtu: int) -> int:
+    """What pods may send: what the link takes, less what the overlay may put before it."""
+    if made.options.overlay is OverlayMode.NEVER:
+        return underlay_mtu
+    family = Family.V4 if Family.V4 in made.addresses else Family.V6
+    if made.options.encapsulation is Encapsulation.VXLAN:
+        return underlay_mtu - VXLAN_BYTES[family]
+    return underlay_mtu - max(IPIP_BYTES[f] for f in made.addresses)
+
+
+def risky(before: RoutePlan, after: RoutePlan) -> bool:
+    """Whether a change touches what all sessions or all routes depend on."""
+    return (
+        (before.asn, before.router_id, before.addresses, before.local_addresses)
+        != (after.asn, after.router_id, after.addresses, after.local_addresses)
+        or before.options.overlay is not after.options.overlay
+        or before.options.encapsulation is not after.options.encapsulation
+        or before.external != after.external
+    )
+
+
+def missing_routes(wanted: Iterable[Prefix], kernel: Iterable[KernelRoute]) -> tuple[Prefix, ...]:
+    """Blocks that should be routed and are not."""
+    have = {r.prefix for r in kernel if r.reachable}
+    return tuple(sorted(p for p in wanted if p not in have))

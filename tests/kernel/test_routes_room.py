@@ -1,0 +1,252 @@
+"""The routes room on real nodes: join, change, announce, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from netpol.kernel.netns import enter
+from netpol.kernel.routes import bird_routes
+from netpol.model.ids import ObjectKey
+from netpol.model.net import parse_address
+from netpol.model.objects import EndpointSlice, Service, SliceEndpoint
+from routes.bird.daemon import BirdDaemon, Folder
+from routes.bird.engine import BirdEngine
+from routes.options import OverlayMode, RouteOptions
+from routes.sync import Facts, RoutesRoom
+from tests.kernel.birdnet import BirdNet, Host, bird_net
+
+pytestmark = pytest.mark.kernel
+
+
+class World:
+    """What the API says, for all rooms."""
+
+    def __init__(self) -> None:
+        self.facts = Facts()
+
+
+class Agent(threading.Thread):
+    """A room in a node's namespace, with a loop of its own."""
+
+    def __init__(self, host: Host, world: World, options: RouteOptions) -> None:
+        super().__init__(daemon=True)
+        self.host, self._world, self._options = host, world, options
+        self._up = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.room: RoutesRoom | None = None
+        self.start()
+        assert self._up.wait(10)
+
+    def run(self) -> None:
+        enter(self.host.netns)
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        for folder in (self.host.folder, *self.host.folder.parents[:3]):
+            folder.chmod(0o755)
+
+        async def has_routes() -> bool:
+            return bool(await asyncio.to_thread(bird_routes))
+
+        engine = BirdEngine(BirdDaemon(Folder(self.host.folder / "run")), has_routes=has_routes)
+        self.room = room = RoutesRoom(
+            engine,
+            node=self.host.name,
+            options=self._options,
+            facts=lambda: self._world.facts,
+            cni_conf_dir=self.host.folder / "net.d",
+        )
+        task = asyncio.create_task(room.run_forever())
+        room.start()
+        self._up.set()
+        await self._over.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await engine.close()
+        room.close()
+
+    def changed(self) -> None:
+        assert self.loop is not None
+        assert self.room is not None
+        self.loop.call_soon_threadsafe(self.room.changed)
+
+    def stop(self) -> None:
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self._over.set)
+        self.join(10)
+
+
+class Cluster:
+    """Nodes with rooms."""
+
+    def __init__(self, net: BirdNet, **options: object) -> None:
+        self.net, self.world = net, World()
+        self._options = options
+        self.agents: dict[str, Agent] = {}
+
+    def know(self, *names: str, **more: object) -> None:
+        nodes = tuple(self.net.hosts[n].node() for n in names)
+        self.world.facts = Facts(nodes=nodes, **more)  # type: ignore[arg-type]
+        for agent in self.agents.values():
+            agent.changed()
+
+    def run(self, *names: str) -> None:
+        for name in names:
+            host = self.net.hosts[name]
+            options = RouteOptions(run_dir=str(host.folder / "run"), **self._options)  # type: ignore[arg-type]
+            self.agents[name] = Agent(host, self.world, options)
+
+    def converged(self, *names: str) -> bool:
+        hosts = [self.net.hosts[n] for n in names]
+        return self.net.wait(
+            lambda: all(
+                h.routes() == {p for o in hosts if o is not h for p in o.pods} for h in hosts
+            )
+        )
+
+    def close(self) -> None:
+        for agent in self.agents.values():
+            agent.stop()
+        for host in self.net.hosts.values():
+            pid = BirdDaemon(Folder(host.folder / "run")).running()
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Cluster]:
+    with bird_net(tmp_path, [(1, 1), (1, 2), (2, 3)]) as net:
+        cluster = Cluster(net, overlay=OverlayMode.CROSS_SUBNET)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+def test_nodes_come_and_go_without_disturbing_the_others(three: Cluster) -> None:
+    three.know("n1", "n2")
+    three.run("n1", "n2")
+    assert three.converged("n1", "n2")
+    one, two, third = three.net.hosts.values()
+    assert one.pings(two)
+    conf = json.loads((one.folder / "net.d/10-kuberouter.conflist").read_text())
+    assert conf["plugins"][0]["ipam"]["ranges"][0] == [{"subnet": one.pods[0]}]
+    assert conf["plugins"][0]["mtu"] == 1450
+
+    def since() -> dict[str, str]:
+        room = three.agents["n1"].room
+        assert room is not None
+        loop = three.agents["n1"].loop
+        assert loop is not None
+        view = asyncio.run_coroutine_threadsafe(room.view(), loop).result(10)
+        return {n: p.since for n, p in view.protocols.items() if p.kind == "BGP"}
+
+    before = since()
+    three.run("n3")
+    three.know("n1", "n2", "n3")
+    assert three.converged("n1", "n2", "n3")
+    assert one.pings(third)
+    assert third.pings(two)
+    assert before.items() <= since().items()
+    three.know("n1", "n2")
+    assert three.net.wait(lambda: one.routes() == set(two.pods))
+    assert before == since()
+    assert three.net.wait(lambda: "10.0.2.3" not in one.run("bridge", "fdb", "show"))
+
+
+def test_the_agent_dies_and_forwarding_goes_on(three: Cluster) -> None:
+    three.know("n1", "n2")
+    three.run("n1", "n2")
+    assert three.converged("n1", "n2")
+    one, two, _ = three.net.hosts.values()
+    three.agents.pop("n1").stop()
+    assert one.routes() == set(two.pods)
+    assert one.pings(two)
+    starts = BirdDaemon(Folder(one.folder / "run")).running()
+    three.run("n1")
+    assert three.converged("n1", "n2")
+    assert BirdDaemon(Folder(one.folder / "run")).running() == starts
+
+
+def test_a_node_that_the_api_lost_keeps_its_routes(three: Cluster) -> None:
+    three.know("n1", "n2")
+    three.run("n1", "n2")
+    assert three.converged("n1", "n2")
+    one, two, _ = three.net.hosts.values()
+    room = three.agents["n1"].room
+    assert room is not None
+    three.world.facts = Facts(nodes=(two.node(),))
+    three.agents["n1"].changed()  # and nobody tells the other one
+    assert three.net.wait(lambda: "none: routes stay" in room.status.error)
+    assert one.routes() == set(two.pods)
+    three.know("n1", "n2")
+    assert three.net.wait(lambda: not room.status.error)
+    assert three.converged("n1", "n2")
+
+
+def test_a_broken_conflist_is_told_and_routes_go_on(three: Cluster) -> None:
+    one = three.net.hosts["n1"]
+    folder = one.folder / "net.d"
+    folder.mkdir()
+    (folder / "10-kuberouter.conflist").write_text("{ half")
+    three.know("n1", "n2")
+    three.run("n1", "n2")
+    assert three.converged("n1", "n2")
+    room = three.agents["n1"].room
+    assert room is not None
+    assert "no JSON" in room.status.conflist_error
+    assert (folder / "10-kuberouter.conflist").read_text() == "{ half"
+
+
+def test_an_address_of_a_service_is_announced_while_an_endpoint_is_ready(three: Cluster) -> None:
+    """Between nodes nothing of Services is told; a router outside hears it, and hears it end."""
+    key = ObjectKey("shop", "web")
+    peer = "[{address: 10.0.1.254, asn: 65000}]"
+    one = three.net.hosts["n1"]
+    router = three.net.folder / "router.conf"
+    router.write_text(
+        f'log "{three.net.folder}/router.log" all;\nrouter id 10.0.1.254;\n'
+        "protocol device {}\nprotocol kernel { ipv4 { export where source = RTS_BGP; import none; }; }\n"
+        "protocol direct { ipv4; }\n"
+        "protocol bgp n1 { local 10.0.1.254 as 65000; neighbor 10.0.1.1 as 64512; passive;\n"
+        "  ipv4 { import all; export none; }; }\n"
+    )
+    three.net.run_bird("router", three.net.router, router)
+    service = Service(
+        key=key,
+        type="LoadBalancer",
+        external_ips=(parse_address("203.0.113.7"),),
+        external_local=True,
+        annotations=(("netpol.io/service.advertise.externalip", "true"),),
+    )
+
+    def slices(*, ready: bool) -> tuple[EndpointSlice, ...]:
+        there = SliceEndpoint((parse_address("10.1.1.9"),), "n1", None, ready, ready, not ready)
+        return (EndpointSlice(key=ObjectKey("shop", "w"), service=key, endpoints=(there,)),)
+
+    def know(*, ready: bool) -> None:
+        three.world.facts = Facts((one.node(peers=peer),), (service,), slices(ready=ready))
+        for agent in three.agents.values():
+            agent.changed()
+
+    know(ready=True)
+    three.run("n1")
+
+    def heard() -> set[str]:
+        return three.net.routes_in(three.net.router)
+
+    assert three.net.wait(lambda: heard() == {"10.1.1.0/24", "203.0.113.7"}), heard()
+    know(ready=False)
+    assert three.net.wait(lambda: heard() == {"10.1.1.0/24"}, within_s=3), heard()
+    know(ready=True)
+    assert three.net.wait(lambda: heard() == {"10.1.1.0/24", "203.0.113.7"}, within_s=3), heard()
