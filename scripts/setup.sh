@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 APT=(iptables ipset iproute2 iputils-ping conntrack procps kmod netcat-openbsd
-     containernetworking-plugins user-mode-linux ca-certificates bird2 ipvsadm
+     containernetworking-plugins user-mode-linux ca-certificates
+     bird2 frr gobgpd ipvsadm
      python3 python3-venv python3-dev gcc libc6-dev)
 # The system's interpreter: python3-dev and the guest of the IPVS tests fit it, and any user can read it.
 PYTHON=/usr/bin/python3

@@ -20,6 +20,7 @@ from routes.options import (
     RouteOptions,
 )
 from routes.plan import plan
+from routes.vips import announced
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +32,14 @@ def run(args: argparse.Namespace) -> int:
     if args.node not in found.nodes:
         known = ", ".join(sorted(found.nodes)[:20]) or "none"
         raise NoAnswerError(f"no node {args.node}", got=f"nodes: {known}")
-    made = plan(found.nodes.values(), args.node, options)
+    vips = announced(
+        found.services.values(),
+        found.slices.values(),
+        found.nodes.values(),
+        node=args.node,
+        options=options,
+    )
+    made = plan(found.nodes.values(), args.node, options, vips=vips)
     for problem in made.problems:
         remark(problem)
     if args.strict and made.problems:
@@ -60,6 +68,9 @@ def _options(args: argparse.Namespace) -> RouteOptions:
         mesh=args.mesh,
         peers=read_peers(args.peers) if args.peers else (),
         advertise_pod_cidr=args.advertise_pod_cidr,
+        advertise_cluster_ip=args.advertise_cluster_ip,
+        advertise_external_ip=args.advertise_external_ip,
+        advertise_load_balancer_ip=args.advertise_load_balancer_ip,
         drain=args.drain,
     )
 

@@ -115,12 +115,14 @@ class Cluster:
         )
 
     def close(self) -> None:
-        for agent in self.agents.values():
-            agent.stop()
-        for host in self.net.hosts.values():
-            pid = BirdDaemon(Folder(host.folder / "run")).running()
-            if pid is not None:
-                os.kill(pid, signal.SIGKILL)
+        try:
+            for agent in self.agents.values():
+                agent.stop()
+        finally:
+            for host in self.net.hosts.values():
+                pid = BirdDaemon(Folder(host.folder / "run")).running()
+                if pid is not None:
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
