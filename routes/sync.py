@@ -10,29 +10,29 @@ Nothing is written before the caches are in sync; BIRD and its routes go on when
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
 from netpol.aio.clock import Clock, SystemClock
 from netpol.aio.runner import BoundedRunner
 from netpol.kernel.overlay import IPIP_BYTES, VXLAN_BYTES, apply_overlay
-from netpol.kernel.routes import KernelRoute, Underlay, bird_routes, underlay
+from netpol.kernel.routes import Underlay, bird_routes, underlay
 from netpol.lib.errors import InputError, KernelError, NetpolError
-from netpol.model.net import Family, Prefix
+from netpol.model.net import Family
 from netpol.model.objects import EndpointSlice, Node, Service
 from routes.bird.engine import BirdEngine
 from routes.bird.render import render
-from routes.bird.reply import ProtocolState
 from routes.cni import keep_conflist
 from routes.options import Encapsulation, OverlayMode, RouteOptions
 from routes.overlay import LINK_PREFIXES, overlay_of
 from routes.plan import RoutePlan, plan
+from routes.show import lookup_document, peers_document, routes_document
 from routes.vips import announced
 
 _log = structlog.get_logger(__name__)
@@ -55,10 +55,7 @@ class Facts:
 
 @dataclass(slots=True)
 class RoutesStatus:
-    """What status, metrics and readiness show.
-
-    `missing` are the routes that BIRD wants in the kernel and that are not there.
-    """
+    """What status, metrics and readiness show."""
 
     applied_at_s: float | None = None
     applies: int = 0
@@ -66,7 +63,6 @@ class RoutesStatus:
     error: str = ""
     conflist_error: str = ""
     problems: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
 
 
 class RoutesRoom:
@@ -208,24 +204,25 @@ class RoutesRoom:
 
     # -- reading back -----------------------------------------------------------------------
 
-    async def view(self) -> RoutesView:
-        """What BIRD and the kernel have now, for people."""
+    async def peers(self) -> dict[str, Any]:
+        """Every session, for people."""
         states = await self._engine.protocols()
+        return {"node": self._node, "peers": peers_document(self.plan, states)}
+
+    async def routes(self, address: bytes | None = None) -> dict[str, Any]:
+        """All routes; or where one address goes."""
+        bird = await self._engine.routes(address)
         kernel = await self._kernel(bird_routes)
-        return RoutesView(self.plan, states, kernel)
+        found = (
+            routes_document(self.plan, bird, kernel)
+            if address is None
+            else lookup_document(self.plan, address, bird, kernel)
+        )
+        return {"node": self._node, **found}
 
     def close(self) -> None:
         """Let go; BIRD and routes stay."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-@dataclass(frozen=True, slots=True)
-class RoutesView:
-    """The plan, BIRD's protocols, the kernel's routes."""
-
-    plan: RoutePlan | None
-    protocols: dict[str, ProtocolState] = field(default_factory=dict)
-    kernel: tuple[KernelRoute, ...] = ()
 
 
 def pod_mtu(made: RoutePlan, underlay_mtu: int) -> int:
@@ -247,9 +244,3 @@ def risky(before: RoutePlan, after: RoutePlan) -> bool:
         or before.options.encapsulation is not after.options.encapsulation
         or before.external != after.external
     )
-
-
-def missing_routes(wanted: Iterable[Prefix], kernel: Iterable[KernelRoute]) -> tuple[Prefix, ...]:
-    """Blocks that should be routed and are not."""
-    have = {r.prefix for r in kernel if r.reachable}
-    return tuple(sorted(p for p in wanted if p not in have))

@@ -15,10 +15,11 @@ import structlog
 
 from netpol.aio.clock import Clock, SystemClock
 from netpol.lib.errors import NetpolError, NoAnswerError
+from netpol.model.net import family_of, format_address
 from routes.bird import reply
 from routes.bird.control import BirdControl
 from routes.bird.daemon import BirdDaemon
-from routes.bird.reply import ConfigFault, ProtocolState, Reply
+from routes.bird.reply import ConfigFault, ProtocolState, Reply, RouteView
 
 _log = structlog.get_logger(__name__)
 
@@ -243,6 +244,14 @@ class BirdEngine:
         """All protocols, as they are now."""
         answer: Reply = await self.control.ask("show protocols all")
         return reply.protocols(answer)
+
+    async def routes(self, address: bytes | None = None) -> tuple[RouteView, ...]:
+        """All routes of the tables that the kernel gets; or those for one address."""
+        command = "show route"
+        if address is not None:
+            family = family_of(address).value
+            command = f"show route table master{family} for {format_address(address)}"
+        return reply.routes(await self.control.ask(command))
 
     async def _look(self) -> str:
         """Count sessions; what is wrong with all of them, or ""."""

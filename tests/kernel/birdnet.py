@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -240,10 +241,16 @@ def _sysctls(space: str) -> None:
 
 
 @contextlib.contextmanager
-def bird_net(folder: Path, nodes: Iterable[tuple[int, int]]) -> Iterator[BirdNet]:
-    """Nodes as (subnet, number); gone at the end."""
-    net = BirdNet(folder, nodes)
-    try:
-        yield net
-    finally:
-        net.close()
+def bird_net(nodes: Iterable[tuple[int, int]]) -> Iterator[BirdNet]:
+    """Nodes as (subnet, number); gone at the end.
+
+    Their files are in a folder that a daemon's user can enter, unlike pytest's own.
+    """
+    with tempfile.TemporaryDirectory(prefix="knpt-bird-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        net = BirdNet(folder, nodes)
+        try:
+            yield net
+        finally:
+            net.close()

@@ -36,8 +36,8 @@ LEARN = ImportPolicy(enabled=True)
 
 
 @pytest.fixture
-def net(tmp_path: Path) -> Iterator[BirdNet]:
-    with bird_net(tmp_path, [(1, 1), (1, 2)]) as made:
+def net() -> Iterator[BirdNet]:
+    with bird_net([(1, 1), (1, 2)]) as made:
         yield made
 
 
@@ -72,8 +72,7 @@ class Frr:
         self._space, self._folder = space, folder
         folder.mkdir()
         shutil.chown(folder, "frr", "frr")
-        for parent in (folder, *folder.parents[:3]):
-            parent.chmod(0o755)
+        folder.chmod(0o755)
         (folder / "frr.conf").write_text(config, encoding="utf-8")
         for name in ("zebra", "staticd", "bfdd", "bgpd"):
             more = ["--bfdctl", f"{folder}/bfdd.sock"] if name == "bfdd" else []

@@ -40,8 +40,8 @@ def all_routes(net: BirdNet) -> bool:
     )
 
 
-def test_a_mesh_of_three_routes_every_pod_range_both_families(tmp_path: Path) -> None:
-    with bird_net(tmp_path, [(1, 1), (1, 2), (1, 3)]) as net:
+def test_a_mesh_of_three_routes_every_pod_range_both_families() -> None:
+    with bird_net([(1, 1), (1, 2), (1, 3)]) as net:
         start_mesh(net)
         assert net.wait(lambda: all_routes(net)), [h.routes() for h in net.hosts.values()]
         one, two, three = net.hosts.values()
@@ -58,9 +58,9 @@ def test_a_mesh_of_three_routes_every_pod_range_both_families(tmp_path: Path) ->
         ]
 
 
-def test_a_node_cannot_take_what_is_not_its_own(tmp_path: Path) -> None:
+def test_a_node_cannot_take_what_is_not_its_own() -> None:
     """n2 announces n1's range, n3's, the default route and a node's address; nothing gets anywhere."""
-    with bird_net(tmp_path, [(1, 1), (1, 2), (1, 3)]) as net:
+    with bird_net([(1, 1), (1, 2), (1, 3)]) as net:
         nodes = [h.node() for h in net.hosts.values()]
         made = {n: plan(nodes, n, options(net.hosts[n].folder)) for n in net.hosts}
         for name in ("n1", "n3"):
@@ -85,12 +85,12 @@ def test_a_node_cannot_take_what_is_not_its_own(tmp_path: Path) -> None:
         assert one.pings(three)
 
 
-def test_what_bird_refuses_is_told_with_its_line(tmp_path: Path) -> None:
-    with bird_net(tmp_path, [(1, 1)]) as net:
+def test_what_bird_refuses_is_told_with_its_line() -> None:
+    with bird_net([(1, 1)]) as net:
         start_mesh(net)
         host = net.hosts["n1"]
         assert net.wait(host.socket.exists)
-        bad = tmp_path / "bad.conf"
+        bad = net.folder / "bad.conf"
         bad.write_text("router id 10.0.0.1;\nprotocol nonsense {}\n", encoding="utf-8")
         answer = host.ask(f'configure check "{bad}"')
         assert answer.code == reply.CONFIG_ERROR
@@ -98,9 +98,9 @@ def test_what_bird_refuses_is_told_with_its_line(tmp_path: Path) -> None:
         assert host.ask(f'configure check "{host.folder / "bird.conf"}"').code == reply.CONFIG_OK
 
 
-def test_a_peer_that_is_unreachable_is_never_reached_plainly(tmp_path: Path) -> None:
+def test_a_peer_that_is_unreachable_is_never_reached_plainly() -> None:
     """Two subnets, tunnels wanted and no tunnel there: fail closed, not by the router."""
-    with bird_net(tmp_path, [(1, 1), (1, 2), (2, 3)]) as net:
+    with bird_net([(1, 1), (1, 2), (2, 3)]) as net:
         start_mesh(net, subnets=SUBNETS, overlay=OverlayMode.CROSS_SUBNET)
         one = net.hosts["n1"]
         want = {*net.hosts["n2"].pods, *(f"unreachable {p}" for p in net.hosts["n3"].pods)}
@@ -117,8 +117,8 @@ def overlay(net: BirdNet, name: str, *, prune: bool, mode: OverlayMode) -> list[
     return in_netns(host.netns, lambda: apply_overlay(state, prefixes=LINK_PREFIXES, prune=prune))
 
 
-def test_vxlan_crosses_a_router_that_knows_no_pod_route(tmp_path: Path) -> None:
-    with bird_net(tmp_path, [(1, 1), (1, 2), (2, 3)]) as net:
+def test_vxlan_crosses_a_router_that_knows_no_pod_route() -> None:
+    with bird_net([(1, 1), (1, 2), (2, 3)]) as net:
         cross = OverlayMode.CROSS_SUBNET
         for name in net.hosts:
             assert overlay(net, name, prune=True, mode=cross)
@@ -139,8 +139,8 @@ def test_vxlan_crosses_a_router_that_knows_no_pod_route(tmp_path: Path) -> None:
         assert one.pings(three)
 
 
-def test_always_never_takes_the_plain_way(tmp_path: Path) -> None:
-    with bird_net(tmp_path, [(1, 1), (1, 2)]) as net:
+def test_always_never_takes_the_plain_way() -> None:
+    with bird_net([(1, 1), (1, 2)]) as net:
         always = OverlayMode.ALWAYS
         start_mesh(net, subnets=SUBNETS, overlay=always)
         one, two = net.hosts.values()

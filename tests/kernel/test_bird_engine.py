@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 
 @pytest.fixture
-def net(tmp_path: Path) -> Iterator[BirdNet]:
-    with bird_net(tmp_path, [(1, 1), (1, 2)]) as made:
+def net() -> Iterator[BirdNet]:
+    with bird_net([(1, 1), (1, 2)]) as made:
         yield made
 
 
@@ -41,9 +41,6 @@ def config(net: BirdNet, name: str) -> str:
 
 
 def folder(host: Host) -> Folder:
-    host.folder.chmod(0o755)
-    for parent in host.folder.parents[:3]:
-        parent.chmod(0o755)  # the daemon is another user
     return Folder(host.folder / "run")
 
 

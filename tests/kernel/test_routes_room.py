@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,8 +52,6 @@ class Agent(threading.Thread):
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
-        for folder in (self.host.folder, *self.host.folder.parents[:3]):
-            folder.chmod(0o755)
 
         async def has_routes() -> bool:
             return bool(await asyncio.to_thread(bird_routes))
@@ -126,8 +124,8 @@ class Cluster:
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> Iterator[Cluster]:
-    with bird_net(tmp_path, [(1, 1), (1, 2), (2, 3)]) as net:
+def three() -> Iterator[Cluster]:
+    with bird_net([(1, 1), (1, 2), (2, 3)]) as net:
         cluster = Cluster(net, overlay=OverlayMode.CROSS_SUBNET)
         try:
             yield cluster
@@ -150,8 +148,9 @@ def test_nodes_come_and_go_without_disturbing_the_others(three: Cluster) -> None
         assert room is not None
         loop = three.agents["n1"].loop
         assert loop is not None
-        view = asyncio.run_coroutine_threadsafe(room.view(), loop).result(10)
-        return {n: p.since for n, p in view.protocols.items() if p.kind == "BGP"}
+        found = asyncio.run_coroutine_threadsafe(room.peers(), loop).result(10)
+        assert {p["state"] for p in found["peers"]} == {"Established"}
+        return {p["peer"]: p["since"] for p in found["peers"]}
 
     before = since()
     three.run("n3")
@@ -164,6 +163,43 @@ def test_nodes_come_and_go_without_disturbing_the_others(three: Cluster) -> None
     assert three.net.wait(lambda: one.routes() == set(two.pods))
     assert before == since()
     assert three.net.wait(lambda: "10.0.2.3" not in one.run("bridge", "fdb", "show"))
+
+
+def ask(agent: Agent, address: str | None = None) -> dict[str, Any]:
+    assert agent.loop is not None
+    assert agent.room is not None
+    packed = parse_address(address) if address is not None else None
+    found: dict[str, Any] = asyncio.run_coroutine_threadsafe(
+        agent.room.routes(packed), agent.loop
+    ).result(10)
+    return found
+
+
+def test_what_people_are_told(three: Cluster) -> None:
+    three.know("n1", "n2", "n3")
+    three.run("n1", "n2")
+    one, two, third = three.net.hosts.values()
+    assert three.net.wait(lambda: set(two.pods) <= one.routes())
+    agent = three.agents["n1"]
+    found = ask(agent)
+    assert [(r["prefix"], r["peer"], r["via"], r["kernel"]) for r in found["routes"]] == [
+        (two.pods[0], "n2", [two.addresses[0]], "agrees"),
+        (two.pods[1], "n2", [two.addresses[1]], "agrees"),
+    ]
+    assert found["missing"] == sorted(third.pods)
+    assert found["extra"] == []
+    assert ask(agent, two.pod_addresses[0]) == {
+        "node": "n1",
+        "address": two.pod_addresses[0],
+        "where": "via 10.0.1.2 on eth0",
+        "prefix": two.pods[0],
+        "peer": "n2",
+    }
+    assert ask(agent, one.pod_addresses[0])["where"] == "this node's own pods"
+    assert "kernel's own" in ask(agent, "198.51.100.1")["where"]
+    # Somebody takes a route away: it is told until BIRD puts it back.
+    one.run("ip", "route", "del", two.pods[0], "proto", "bird")
+    assert ask(agent)["routes"][0]["kernel"] == "missing"
 
 
 def test_the_agent_dies_and_forwarding_goes_on(three: Cluster) -> None:
