@@ -173,10 +173,11 @@ def _halves_without(block: Prefix, hole: Prefix) -> Iterable[Prefix]:
 def collapse(prefixes: Iterable[Prefix]) -> tuple[Prefix, ...]:
     """The same addresses in as few disjoint prefixes as possible, sorted; families apart."""
     out: list[Prefix] = []
+    distinct = set(prefixes)
     for family in FAMILIES:
         size = family.bits // 8
         stack: list[tuple[int, int]] = []  # (network as int, length)
-        mine = sorted(p for p in set(prefixes_of(prefixes, family)))
+        mine = sorted(prefixes_of(distinct, family))
         for p in mine:
             value, length = int.from_bytes(p.address, "big"), p.length
             if stack:
