@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from netpol.model.net import FAMILIES, Family, Prefix, family_of, host_prefix, parse_prefix
 from netpol.model.objects import Node
@@ -165,21 +166,29 @@ def plan(
 
 
 def _member(node: Node, options: RouteOptions, problems: list[str]) -> _Member:
+    member, found = _read_member(node, options.cluster_cidrs)
+    problems += found
+    return member
+
+
+# Of a thousand nodes one changes at a time; reading the others again would be half of the work.
+@lru_cache(maxsize=16384)
+def _read_member(node: Node, cluster_cidrs: tuple[Prefix, ...]) -> tuple[_Member, tuple[str, ...]]:
     bgp, found = read_annotations(dict(node.annotations))
-    problems += [f"node {node.name}: {p}" for p in found]
+    problems = [f"node {node.name}: {p}" for p in found]
     addresses: dict[Family, bytes] = {}
     for address in node.addresses:
         addresses.setdefault(family_of(address), address)
     pods: list[Prefix] = []
     for block in node.pod_cidrs:
-        bounds = [c for c in options.cluster_cidrs if c.family is block.family]
+        bounds = [c for c in cluster_cidrs if c.family is block.family]
         if bounds and not any(c.covers(block) for c in bounds):
             problems.append(f"node {node.name}: podCIDR {block} is outside the cluster's ranges")
         elif any(_overlap(block, bad) for bad in _NEVER):
             problems.append(f"node {node.name}: podCIDR {block} is no range that can be routed")
         else:
             pods.append(block)
-    return _Member(node, bgp, addresses, tuple(dict.fromkeys(pods)))
+    return _Member(node, bgp, addresses, tuple(dict.fromkeys(pods))), tuple(problems)
 
 
 def _without_overlaps(members: Iterable[_Member], problems: list[str]) -> Iterable[_Member]:
@@ -207,8 +216,12 @@ def _without_overlaps(members: Iterable[_Member], problems: list[str]) -> Iterab
                     f"node {loser[1]}: podCIDR {loser[0]} overlaps {winner[0]} of node {winner[1]}"
                 )
         open_.append(block)
+    losers = {name for _, name in lost}
     for m in members:
-        yield replace(m, pods=tuple(p for p in m.pods if (p, m.node.name) not in lost))
+        if m.node.name in losers:
+            yield replace(m, pods=tuple(p for p in m.pods if (p, m.node.name) not in lost))
+        else:
+            yield m
 
 
 def _router_id(me: _Member) -> bytes:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
 
 from netpol.model.net import FAMILIES, Family, Prefix, family_of, format_address
 from routes.options import Encapsulation, ExternalPeer, ImportPolicy, OverlayMode
@@ -210,27 +212,44 @@ def _mesh(plan: RoutePlan) -> Iterator[str]:
             plan, family, imports="none", exports=f"filter mesh_out{family.value}", igp=table
         )
     yield "}"
+    local = {f: _local(plan, f) for f in plan.addresses}
+    shared = _Shared(
+        plan.asn, options.listen_port, plan.cluster_id, plan.bound, tuple(plan.addresses)
+    )
     for peer in plan.peers:
-        yield from _node(plan, peer)
+        yield _node(peer, local[family_of(peer.address)], shared)
 
 
-def _node(plan: RoutePlan, peer: NodePeer) -> Iterator[str]:
-    yield f"protocol bgp {node_name(peer.node)} from t_mesh {{"
-    yield f'  description "node {_text(peer.node)}";'
-    port = plan.options.listen_port
-    yield f"  local {_local(plan, family_of(peer.address))} port {port} as {plan.asn};"
-    yield f"  neighbor {format_address(peer.address)} port {port} as {peer.asn};"
+class _Shared(NamedTuple):
+    """What all sessions with nodes have in common."""
+
+    asn: int
+    port: int
+    cluster_id: bytes | None
+    bound: bool
+    families: tuple[Family, ...]
+
+
+# Of a thousand sessions one changes at a time.
+@lru_cache(maxsize=16384)
+def _node(peer: NodePeer, local: str, shared: _Shared) -> str:
+    out = [
+        f"protocol bgp {node_name(peer.node)} from t_mesh {{",
+        f'  description "node {_text(peer.node)}";',
+        f"  local {local} port {shared.port} as {shared.asn};",
+        f"  neighbor {format_address(peer.address)} port {shared.port} as {peer.asn};",
+    ]
     if peer.client:
-        yield "  rr client;"
-    if plan.cluster_id is not None and peer.asn == plan.asn:
-        yield f"  rr cluster id {format_address(plan.cluster_id)};"
-    if plan.bound:
-        yield "  strict bind yes;"
+        out.append("  rr client;")
+    if shared.cluster_id is not None and peer.asn == shared.asn:
+        out.append(f"  rr cluster id {format_address(shared.cluster_id)};")
+    if shared.bound:
+        out.append("  strict bind yes;")
     for family in FAMILIES:
         accept = _of(peer.accept, family)
-        if accept and family in plan.addresses:
-            yield f"  ipv{family.value} {{ import where net ~ {_set(accept)}; }};"
-    yield "}"
+        if accept and family in shared.families:
+            out.append(f"  ipv{family.value} {{ import where net ~ {_set(accept)}; }};")
+    return "\n".join([*out, "}"])
 
 
 def _local(plan: RoutePlan, family: Family) -> str:
