@@ -258,20 +258,25 @@ def _mesh(
         if address == me.addresses[family]:
             problems.append(f"node {other.node.name} has the address of this node: no BGP with it")
             continue
+        theirs = other.bgp.asn or options.asn
         serves, served = _reflection(me.bgp, other.bgp), _reflection(other.bgp, me.bgp)
+        if (serves or served) and theirs != asn:
+            # RFC 4456 is about one AS.
+            problems.append(
+                f"node {other.node.name}: a reflector and its client need one AS, got {theirs} and {asn}"
+            )
+            continue
         if not (serves or served) and not (options.mesh and _meshed(me.bgp, other.bgp)):
             continue
         reflects = served or other.bgp.reflector_cluster is not None
         yield NodePeer(
             node=other.node.name,
             address=address,
-            asn=other.bgp.asn or options.asn,
+            asn=theirs,
             accept=reflected if reflects else other.pods,
             client=serves,
             reflects=reflects,
         )
-    if me.bgp.asn is not None and me.bgp.client_cluster is not None and asn != options.asn:
-        problems.append(f"node {me.node.name}: a client of a reflector has its AS, got {asn}")
 
 
 def _reflection(server: NodeBgp, client: NodeBgp) -> bool:

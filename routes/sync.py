@@ -25,10 +25,12 @@ from netpol.kernel.overlay import IPIP_BYTES, VXLAN_BYTES, apply_overlay
 from netpol.kernel.routes import Underlay, bird_routes, underlay
 from netpol.lib.errors import InputError, KernelError, NetpolError
 from netpol.model.net import Family
-from netpol.model.objects import EndpointSlice, Node, Service
+from netpol.model.objects import Endpoint, EndpointSlice, Namespace, Node, Service
 from routes.bird.engine import BirdEngine
 from routes.bird.render import render
-from routes.cni import keep_conflist
+from routes.cni import keep_conflist, unpoliced_plugin
+from routes.egress import EgressOptions, members
+from routes.masquerade import EgressDrivers, keep_egress
 from routes.options import Encapsulation, OverlayMode, RouteOptions
 from routes.overlay import LINK_PREFIXES, overlay_of
 from routes.plan import RoutePlan, plan
@@ -40,7 +42,9 @@ T = TypeVar("T")
 
 #: Nodes come in bursts; a change of endpoints must be announced within a second.
 DEBOUNCE_S = 0.1
-#: A mean share of sessions and routes that a risky change may cost.
+#: How often everything is compared with what is there, without a change.
+RESYNC_S = 30.0
+#: The share of sessions and routes that a risky change must leave.
 HEALTHY_SHARE = 0.9
 
 
@@ -51,17 +55,23 @@ class Facts:
     nodes: tuple[Node, ...] = ()
     services: tuple[Service, ...] = ()
     slices: tuple[EndpointSlice, ...] = ()
+    pods: tuple[Endpoint, ...] = ()
+    namespaces: tuple[Namespace, ...] = ()
 
 
 @dataclass(slots=True)
 class RoutesStatus:
-    """What status, metrics and readiness show."""
+    """What status, metrics and readiness show.
 
+    `unpoliced` is the CNI's interface plugin where its packets pass no rule of this node, else "".
+    """
+
+    applied_generation: int = 0
     applied_at_s: float | None = None
-    applies: int = 0
     failures: int = 0
     error: str = ""
     conflist_error: str = ""
+    unpoliced: str = ""
     problems: tuple[str, ...] = ()
 
 
@@ -76,15 +86,24 @@ class RoutesRoom:
         options: RouteOptions,
         facts: Callable[[], Facts],
         cni_conf_dir: Path | None = None,
+        egress: EgressOptions | None = None,
+        egress_drivers: EgressDrivers | None = None,
         clock: Clock | None = None,
     ) -> None:
         """Args: facts: gives the caches' contents.
 
         cni_conf_dir: where the conflist is kept; None to leave the CNI alone.
+        egress, egress_drivers: masquerade of what leaves the cluster, and its hand in the kernel.
         """
         self._engine, self._node, self._facts = engine, node, facts
         self.options = options
         self._cni_conf_dir = cni_conf_dir
+        self._egress, self._egress_drivers = egress or EgressOptions(), egress_drivers
+        self.generation = 0
+        self._read: object = None
+        self._link: Underlay | None = None
+        self._masqueraded: object = None
+        self._looked_s = 0.0
         self._clock = clock or SystemClock()
         self.status = RoutesStatus()
         self.plan: RoutePlan | None = None
@@ -97,13 +116,14 @@ class RoutesRoom:
             max_s=30.0,
             clock=self._clock,
             on_error=self._failed,
-            resync_s=30.0,
+            resync_s=RESYNC_S,
         )
 
     # -- marks ------------------------------------------------------------------------------
 
     def changed(self) -> None:
         """Something that the plan reads is another now."""
+        self.generation += 1
         if self._started:
             self.runner.mark()
 
@@ -125,8 +145,7 @@ class RoutesRoom:
     # -- running ----------------------------------------------------------------------------
 
     async def run_forever(self) -> None:
-        """Serve marks and keep BIRD running until cancelled; BIRD goes on."""
-        await self._engine.prepare()
+        """Serve marks and keep BIRD running until cancelled; BIRD goes on. The engine is prepared."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.runner.run_forever(), name="routes runner")
             group.create_task(self._engine.run(), name="bird")
@@ -134,7 +153,21 @@ class RoutesRoom:
     async def _run(self) -> None:
         if not self._started:
             return
-        facts = self._facts()
+        generation, facts = self.generation, self._facts()
+        now_s = self._clock.monotonic()
+        everything = self.status.error != "" or now_s - self._looked_s >= RESYNC_S
+        made, read = await self._plan(facts)
+        if made is not self.plan or everything:
+            await self._routes(made)
+            self._looked_s, self._read = now_s, read
+        await self._masquerade(made, facts, everything=everything)
+        self.status.problems = made.problems
+        self.status.applied_generation = generation
+        self.status.applied_at_s = self._clock.monotonic()
+        self.status.error = ""
+
+    async def _plan(self, facts: Facts) -> tuple[RoutePlan, object]:
+        """Plan anew, and what it was made of; the plan in force, itself, where that is the same."""
         mine = next((n for n in facts.nodes if n.name == self._node), None)
         if mine is None:
             raise InputError(f"node {self._node}", needed="a Node object", got="none: routes stay")
@@ -145,19 +178,25 @@ class RoutesRoom:
         vips = announced(
             facts.services, facts.slices, facts.nodes, node=self._node, options=options
         )
-        made = plan(facts.nodes, self._node, options, vips=vips)
+        read = (facts.nodes, options, vips, link)
+        self._link = link
+        if self.plan is not None and read == self._read:
+            return self.plan, read
+        return plan(facts.nodes, self._node, options, vips=vips), read
+
+    async def _routes(self, made: RoutePlan) -> None:
+        """CNI, overlay and BIRD; the plan is in force only when all of it is."""
+        link = self._link
+        if link is None:
+            raise KernelError("routes", needed="the link of the node")
         self._conflist(made, link)
         overlay = overlay_of(made, underlay_mtu=link.mtu)
         make = partial(apply_overlay, overlay, prefixes=LINK_PREFIXES)
         await self._kernel(lambda: make(prune=False))
         healthy = await self._risk(made)
-        if await self._engine.apply(render(made), healthy=healthy):
-            self.status.applies += 1
+        await self._engine.apply(render(made), healthy=healthy)
         self.plan = made
         await self._kernel(lambda: make(prune=True))
-        self.status.problems = made.problems
-        self.status.applied_at_s = self._clock.monotonic()
-        self.status.error = ""
 
     def _live_options(self, link: Underlay) -> RouteOptions:
         """The settings, and what only the node's own link tells."""
@@ -169,11 +208,30 @@ class RoutesRoom:
         if self._cni_conf_dir is None:
             return
         self.status.conflist_error = ""
+        self.status.unpoliced = unpoliced_plugin(self._cni_conf_dir)
         try:
             if keep_conflist(self._cni_conf_dir, made.own_pods, mtu=pod_mtu(made, link.mtu)):
                 _log.info("wrote the CNI configuration", ranges=[str(p) for p in made.own_pods])
         except NetpolError as e:
             self.status.conflist_error = str(e)
+
+    async def _masquerade(self, made: RoutePlan, facts: Facts, *, everything: bool) -> None:
+        drivers = self._egress_drivers
+        if drivers is None:
+            return
+        read = (made, facts.pods, facts.namespaces, facts.nodes)
+        if read == self._masqueraded and not everything:
+            return
+        self._masqueraded = None
+        said = {n.name: n.masquerade for n in facts.namespaces if n.masquerade is not None}
+        nodes = [a for n in facts.nodes for a in n.addresses]
+        want = (
+            members(made, self._egress, facts.pods, namespaces=said, nodes=nodes)
+            if self._egress.enabled
+            else None
+        )
+        await self._kernel(lambda: keep_egress(drivers, want))
+        self._masqueraded = read
 
     async def _risk(self, made: RoutePlan) -> Callable[[], Awaitable[bool]] | None:
         """A check that what worked goes on, where a change may break all of it at once."""
@@ -221,8 +279,10 @@ class RoutesRoom:
         return {"node": self._node, **found}
 
     def close(self) -> None:
-        """Let go; BIRD and routes stay."""
+        """Let go; BIRD, routes and rules stay."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._egress_drivers is not None:
+            self._egress_drivers.sets.close()
 
 
 def pod_mtu(made: RoutePlan, underlay_mtu: int) -> int:

@@ -26,8 +26,8 @@ from routes.plan import NodePeer, RoutePlan, tunnel_link_local
 METRIC = 32
 #: The links of the overlay.
 VXLAN_LINK, IPIP_LINK = "knp-vxlan0", "knp-ipip0"
-#: BIRD takes names of 64 characters.
-_NAME_MAX = 64
+#: BIRD takes names of 64 characters; filters of a protocol are named out_NAME_6.
+_NAME_MAX = 64 - len("out__6")
 #: Routes of one destination over several external routers.
 _MULTIPATH_MAX = 16
 _LOG_BYTES = 5_000_000

@@ -220,7 +220,8 @@ def routes(reply: Reply) -> tuple[RouteView, ...]:
     out: list[RouteView] = []
     prefix: Prefix | None = None
     for text in reply.texts(_ROUTE):
-        head = _HEAD.match(text) if not text.startswith(("\t", " via", "  ")) else None
+        # Further routes of a prefix stand under it; what belongs to a route is behind a tab.
+        head = None if text.startswith("\t") else _HEAD.match(text)
         if head is not None:
             if head["prefix"]:
                 prefix = parse_prefix(head["prefix"])

@@ -37,19 +37,21 @@ def nlri(prefix: str) -> bytes:
     return bytes([net.prefixlen]) + net.network_address.packed[: (net.prefixlen + 7) // 8]
 
 
-def attributes(asn: int, next_hop: str) -> bytes:
-    """ORIGIN, AS_PATH of one AS, NEXT_HOP."""
-    path = struct.pack(">BBI", 2, 1, asn)
+def attributes(asn: int | None, next_hop: str) -> bytes:
+    """ORIGIN, AS_PATH of one AS or (inside an AS) empty with LOCAL_PREF, NEXT_HOP."""
+    path = b"" if asn is None else struct.pack(">BBI", 2, 1, asn)
+    preference = struct.pack(">BBBI", 0x40, 5, 4, 100) if asn is None else b""
     return (
         b"\x40\x01\x01\x00"
         + struct.pack(">BBB", 0x40, 2, len(path))
         + path
         + b"\x40\x03\x04"
         + ipaddress.IPv4Address(next_hop).packed
+        + preference
     )
 
 
-def updates(prefixes: Iterable[bytes], *, asn: int, next_hop: str) -> Iterator[bytes]:
+def updates(prefixes: Iterable[bytes], *, asn: int | None, next_hop: str) -> Iterator[bytes]:
     """UPDATE messages that announce all prefixes, as full as can be."""
     head = attributes(asn, next_hop)
     room = _MESSAGE_MAX - 19 - 4 - len(head)
@@ -102,11 +104,14 @@ class Speaker:
         finally:
             writer.close()
 
-    async def announce(self, prefixes: Iterable[bytes], *, next_hop: str) -> None:
-        """Announce prefixes."""
+    async def announce(
+        self, prefixes: Iterable[bytes], *, next_hop: str, internal: bool = False
+    ) -> None:
+        """Announce prefixes; `internal` to a peer of the same AS."""
         if self._writer is None:
             raise ConnectionError("no session")
-        for update in updates(prefixes, asn=self.asn, next_hop=next_hop):
+        asn = None if internal else self.asn
+        for update in updates(prefixes, asn=asn, next_hop=next_hop):
             self._writer.write(update)
             await self._writer.drain()
 

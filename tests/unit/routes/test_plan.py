@@ -158,6 +158,14 @@ def test_another_cluster_id_is_another_reflector() -> None:
     assert plan([*ALL, lost], "c3", RouteOptions()).peers == ()
 
 
+def test_a_client_of_another_as_is_refused() -> None:
+    odd = node("odd", "10.0.1.24", pods="10.1.24.0/24", rr_client="42", node_asn="65001")
+    made = plan([*ALL, odd], "odd", RouteOptions())
+    assert made.peers == ()
+    assert "need one AS" in made.problems[0]
+    assert "odd" not in {p.node for p in plan([*ALL, odd], "rr1", RouteOptions()).peers}
+
+
 def test_reflection_works_without_a_mesh() -> None:
     made = plan(ALL, "c1", RouteOptions(mesh=False))
     assert {p.node for p in made.peers} == {"rr1", "rr2"}
