@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
@@ -12,6 +13,8 @@ from prometheus_client.registry import Collector
 
 from netpol.lib.errors import InputError
 
+#: What stands for all addresses of the node, of both families.
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - kubelet and Prometheus come from outside
 #: Says why not, or None.
 Fault = Callable[[], str | None]
 
@@ -44,11 +47,18 @@ class HealthServer:
         alive: why the process should be restarted, or None.
         ready: why it is not ready, or None.
         metrics: read at every scrape.
+        has_ipv6: whether one socket can serve both families.
     """
 
     def __init__(
-        self, *, alive: Fault, ready: Fault, metrics: Callable[[], Iterable[Metric]]
+        self,
+        *,
+        alive: Fault,
+        ready: Fault,
+        metrics: Callable[[], Iterable[Metric]],
+        has_ipv6: Callable[[], bool] = socket.has_dualstack_ipv6,
     ) -> None:
+        self._has_ipv6 = has_ipv6
         self._registry = CollectorRegistry()
         ProcessCollector(namespace="netpol", registry=self._registry)
         self._registry.register(Gauges(metrics))
@@ -73,14 +83,19 @@ class HealthServer:
         )
 
     async def start(self, host: str, port: int) -> None:
-        """Listen.
+        """Listen; on `EVERYWHERE` over IPv6 too, where the kernel has it.
 
         Raises:
             InputError: the address cannot be had.
         """
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            if host == EVERYWHERE and self._has_ipv6():
+                # One socket for both, as a node with IPv6 alone needs it.
+                both = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+                await web.SockSite(self._runner, both).start()
+            else:
+                await web.TCPSite(self._runner, host, port).start()
         except OSError as e:
             raise InputError(f"--health-addr {host}:{port}", got=e.strerror or str(e)) from e
 

@@ -9,9 +9,8 @@ plan is a `reconcile`.
 
 from __future__ import annotations
 
-import errno
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from netpol.enforce.kernel_state import KernelDump
@@ -28,13 +27,15 @@ from netpol.enforce.plan import (
     set_changes,
     set_differences,
 )
+from netpol.enforce.podsets import At, new_holders, pod_entries
 from netpol.enforce.refusal import Refusals, withhold
-from netpol.kernel.drivers import HookState, SetDump, SetError, TableDump
+from netpol.enforce.two_tables import filter_first, rest_last, table_differences
+from netpol.kernel.drivers import HookState, SetDump, TableDump, TableTransaction
 from netpol.model.ids import ChainName, Direction, SetName
-from netpol.model.net import FAMILIES, Family, Prefix, family_of
-from netpol.model.ruleset import AddressPort, Chain, Member, Members, SetSpec
+from netpol.model.net import FAMILIES, Family, family_of
+from netpol.model.ruleset import AddressPort, Chain, Members, Ruleset, SetSpec
 from netpol.policy.graph import ClassKey, Graph, GraphDelta, LocalPod
-from netpol.render import classes, names, policies, static
+from netpol.render import classes, names, policies, reject, static
 from netpol.render.node import (
     Desired,
     classes_in_use,
@@ -44,13 +45,10 @@ from netpol.render.node import (
     render_graph,
     set_parts,
 )
-from netpol.render.options import UNKNOWN, RenderOptions
+from netpol.render.options import UNKNOWN, DenyWith, RenderOptions
 
 #: A chain that the kernel does not have, unlike any chain that it has.
 _ABSENT: object = object()
-
-#: The change of a set in the plan that is being made; made on first use.
-_At = Callable[[SetSpec], SetChange]
 
 
 def _without_mismatches(dump: KernelDump, desired: Desired) -> KernelDump:
@@ -62,8 +60,6 @@ def _without_mismatches(dump: KernelDump, desired: Desired) -> KernelDump:
     }
     if not strange:
         return dump
-    for name in MAPS & set(strange):
-        raise SetError(strange[name], name=name, code=errno.EEXIST)
     left = {n: d for n, d in dump.sets.items() if n not in strange}
     return replace(dump, sets=left, strange={**dump.strange, **strange})
 
@@ -97,11 +93,16 @@ class Dataplane:
         self._over: set[ClassKey] = set()
         self._extra_chains = False
         self.refusals = Refusals()
+        # What the other setting of `deny_with` left behind.
+        self._rest: tuple[TableTransaction, ...] = ()
+        #: Why denied packets are dropped although they should be answered; "" while that works.
+        self.reject_fault = ""
 
     # -- everything -------------------------------------------------------------------------
 
     def reconcile(self, dump: KernelDump) -> Plan:
         """What brings the kernel, as dumped, to what the graph says (which was flushed before)."""
+        self._choose_ending(dump)
         self._adopt(dump)
         used = classes_in_use(self.graph)
         self._over &= set(used)
@@ -122,6 +123,7 @@ class Dataplane:
             for n, d in dump.sets.items()
             if names.is_overflow_set(n) and n not in desired.sets and d.members
         ]
+        self._rest = ()
         tables = {f: self._table_change(desired, dump, f) for f in FAMILIES}
         chains = {f: {**dump.tables[f].chains, **desired.rulesets[f].chains} for f in FAMILIES}
         entries: dict[MapEntry, tuple[int, int]] = {
@@ -138,11 +140,19 @@ class Dataplane:
             sets=changes, tables=tables, moved=moved, held_mark=self.options.mark(UNKNOWN)
         )
 
+    def _choose_ending(self, dump: KernelDump) -> None:
+        """Where filter cannot be read, nothing relies on it, until the next time."""
+        if self.options.rejects or self.reject_fault:
+            faults = [str(e) for e in dump.filter_faults.values()]
+            self.reject_fault = faults[0] if faults else ""
+            ending = DenyWith.DROP if faults else DenyWith.REJECT
+            self.options = replace(self.options, deny_with=ending)
+
     def _withhold(self, desired: Desired, dump: KernelDump) -> None:
         """Adapt a rendered state to what is in the kernel and must stay for now."""
         for family in FAMILIES:
             # Leaves of a former agent stay until no map entry can lead to them.
-            chains = {**desired.rulesets[family].chains, **self._trees(family)}
+            chains = self._with_trees(desired.rulesets[family].chains, family)
             desired.rulesets[family] = replace(desired.rulesets[family], chains=chains)
         if not self.refusals:
             return
@@ -151,13 +161,23 @@ class Dataplane:
             self.refusals,
             graph=self.graph,
             sets=dump.sets,
-            tables=dump.tables,
+            tables={f: t for f, t in dump.tables.items() if f not in dump.failed},
             options=self.options,
         )
         self.numbers.release(blocked)
+        for key, family in itertools.product(blocked - self._over, FAMILIES):
+            # Without a number, but not for want of one.
+            desired.sets.pop(names.overflow_set(key, family), None)
         for family in FAMILIES:
-            chains = {**desired.rulesets[family].chains, **self._trees(family)}
+            chains = self._with_trees(desired.rulesets[family].chains, family)
             desired.rulesets[family] = replace(desired.rulesets[family], chains=chains)
+
+    def _with_trees(
+        self, chains: Mapping[ChainName, Chain], family: Family
+    ) -> dict[ChainName, Chain]:
+        """Chains with the trees that lead where they may lead now, and no node of others."""
+        kept = {n: c for n, c in chains.items() if not names.is_tree_chain(n)}
+        return {**kept, **self._trees(family)}
 
     def _numbers_of(self, used: list[ClassKey]) -> dict[ClassKey, int]:
         return {k: self.numbers.used[k] for k in used if k in self.numbers.used}
@@ -170,11 +190,9 @@ class Dataplane:
         self.numbers = Numbers(self.options)
         # What `_trees` may lead to; an empty tuple, since nobody looked into these chains yet.
         self._applied.chains = {f: dict.fromkeys(dump.tables[f].chains, ()) for f in FAMILIES}
-        for direction in Direction:
-            leaves: dict[int, ChainName] = {}
-            for family in FAMILIES:
-                leaves |= leaves_of(dump.tables[family].chains, direction, self.options)
-            self.numbers.adopt(direction, leaves)
+        for direction, family in itertools.product(Direction, FAMILIES):
+            leaves = leaves_of(dump.tables[family].chains, direction, self.options)
+            self.numbers.adopt(direction, family, leaves)
 
     def _table_change(self, desired: Desired, dump: KernelDump, family: Family) -> TableChange:
         want, have = desired.rulesets[family], dump.tables[family]
@@ -187,6 +205,9 @@ class Dataplane:
             if state.jumps != ((1, chain_name),):
                 change.hooks[hook] = chain_name
                 change.hook_state[hook] = state
+        answers, there = desired.filters[family], dump.filters.get(family, TableDump())
+        change.first = filter_first(answers, there, family)
+        self._rest += rest_last(answers, there, family, mangle_want=want, mangle_have=have)
         return change
 
     def _remember(self, desired: Desired, dump: KernelDump) -> None:
@@ -230,7 +251,10 @@ class Dataplane:
             self._extra_chains = True  # a changed policy may leave prefix sets behind
         new_classes = self._assign(delta)
         self._peer_sets(delta, at, returning)
-        entries, recreated = self._pod_sets(delta, at)
+        recreated = new_holders(delta, self._applied.holders)
+        entries = pod_entries(
+            delta, at, recreated=recreated, numbers=self.numbers.used, options=self.options
+        )
         tables = self._tables(delta, new_classes, at)
         return assemble(
             sets=changes.values(),
@@ -251,7 +275,11 @@ class Dataplane:
         if entries:
             for direction, family in itertools.product(Direction, FAMILIES):
                 judgements[names.class_map(direction, family)] = Judgements(
-                    direction, self.numbers, chains[family], shift=self.options.shift
+                    direction,
+                    family,
+                    self.numbers,
+                    chains=chains[family],
+                    shift=self.options.shift,
                 )
         return {at: judgements[at[0]].move(old, new) for at, (old, new) in entries.items()}
 
@@ -301,7 +329,7 @@ class Dataplane:
                     missing.append(key)
         return missing
 
-    def _peer_sets(self, delta: GraphDelta, at: _At, returning: Mapping[SetName, SetDump]) -> None:
+    def _peer_sets(self, delta: GraphDelta, at: At, returning: Mapping[SetName, SetDump]) -> None:
         for key in delta.new_sets:
             for family in FAMILIES:
                 spec = member_spec(key, family)
@@ -322,63 +350,8 @@ class Dataplane:
                 change.add.update(dict.fromkeys(m for m in has if m not in had))
                 change.delete += [m for m in had if m not in has]
 
-    def _pod_sets(
-        self, delta: GraphDelta, at: _At
-    ) -> tuple[dict[MapEntry, tuple[int, int]], set[Prefix]]:
-        """Entries of local pods.
-
-        Returns the map entries that change with their marks before and after, and those of a new holder.
-        """
-        numbers = self.numbers.used
-        old: dict[SetSpec, dict[Member, int | None]] = {}
-        new: dict[SetSpec, dict[Member, int | None]] = {}
-        for key, pod in delta.pods.items():
-            for side, version in ((old, delta.before.get(key)), (new, pod)):
-                if version is None:
-                    continue
-                for family in FAMILIES:
-                    for spec, members in classes.pod_set_members(
-                        version, numbers, self.options, family
-                    ).values():
-                        side.setdefault(spec, {}).update(members)
-        recreated = self._holders(delta)
-        moved: dict[MapEntry, tuple[int, int]] = {}
-        for spec in {*old, *new}:
-            had, want = old.get(spec, {}), new.get(spec, {})
-            for member, value in want.items():
-                again = member in recreated
-                if had.get(member, -1) != value or again:
-                    at(spec).add[member] = value
-                    if spec.name in MAPS and member in had and not again:
-                        moved[spec.name, member] = (had[member] or 0, value or 0)
-            for member in had:
-                if member not in want:
-                    at(spec).delete.append(member)
-        return moved, recreated
-
-    def _holders(self, delta: GraphDelta) -> set[Prefix]:
-        """Addresses that one local pod gave up and another has now."""
-        recreated: set[Prefix] = set()
-        holders = self._applied.holders
-        for key in delta.pods:
-            old = delta.before.get(key)
-            for address in old.addresses if old else ():
-                if holders.get(address) == (old.uid if old else ""):
-                    del holders[address]
-        given_up = {a for k in delta.pods if (o := delta.before.get(k)) for a in o.addresses}
-        for key, pod in delta.pods.items():
-            if pod is None:
-                continue
-            old = delta.before.get(key)
-            for address in pod.addresses:
-                holders[address] = pod.uid
-                same = old is not None and old.uid == pod.uid and address in old.addresses
-                if address in given_up and not same:
-                    recreated.add(Prefix(address, len(address) * 8))
-        return recreated
-
     def _tables(
-        self, delta: GraphDelta, new_classes: list[ClassKey], at: _At
+        self, delta: GraphDelta, new_classes: list[ClassKey], at: At
     ) -> dict[Family, TableChange]:
         tables: dict[Family, TableChange] = {f: TableChange() for f in FAMILIES}
         for family, table in tables.items():
@@ -409,17 +382,14 @@ class Dataplane:
 
     def _trees(self, family: Family) -> dict[ChainName, Chain]:
         out: dict[ChainName, Chain] = {}
-        have = self._applied.chains[family]
         for direction in Direction:
-            # A former agent may have been killed when one family had its leaf and the other not yet.
-            foreign = self.numbers.foreign(direction).items()
             out |= classes.tree_chains(
                 direction,
                 self.numbers.used,
                 self._overflow(),
                 options=self.options,
                 family=family,
-                extra={n: c for n, c in foreign if c in have},
+                extra=self.numbers.foreign(direction, family),
             )
         return out
 
@@ -430,8 +400,9 @@ class Dataplane:
 
         Not while a policy is refused: what it had last is still in use.
         """
+        rest, self._rest = self._rest, ()
         if self.refusals:
-            return Plan()
+            return Plan(rest)
         self._extra_chains = False
         retired = [k for k, n in self._users.items() if not n]
         for key in retired:
@@ -468,40 +439,39 @@ class Dataplane:
         gone = sorted(self._applied.sets - keep)
         self._applied.sets -= set(gone)
         self._stale -= set(gone)
-        return garbage(chains=doomed, replace=replace, sets=gone)
+        plan = garbage(chains=doomed, replace=replace, sets=gone)
+        return Plan((*rest, *plan.steps))
 
     # -- looking ----------------------------------------------------------------------------
 
     def drift(self, dump: KernelDump) -> str:
         """What differs between a dump and what was applied, in words; "" when nothing does.
 
-        What waits for the garbage does not count.
+        What waits for the garbage does not count, nor does a family that could not be read.
         """
-        found = [d for f in FAMILIES for d in self.table_drift(f, dump.tables[f])]
+        whole = [f for f in FAMILIES if f not in dump.failed]
+        found = [d for f in whole for d in self.table_drift(f, dump.tables[f])]
+        for family, have in dump.filters.items():
+            found += self.filter_drift(family, have)
         desired = render_graph(
             self.graph, self.options, self._numbers_of(classes_in_use(self.graph))
         )
         if self.refusals:
             self._withhold(desired, dump)
-        found += set_differences(desired.sets, dump.sets)
+        sets = {n: w for n, w in desired.sets.items() if w[0].family in whole}
+        found += set_differences(sets, dump.sets)
         found += self.foreign_sets(dump.sets)
         return "; ".join(found[:5]) + ("; and more" if len(found) > 5 else "")
 
     def table_drift(self, family: Family, have: TableDump) -> list[str]:
         """What differs between a family's table and what was applied, in words."""
-        found: list[str] = []
-        want = self._applied.chains[family]
-        tool = "iptables" if family is Family.V4 else "ip6tables"
-        for name, chain in want.items():
-            if chain and have.chains.get(name) != chain:
-                state = "changed" if name in have.chains else "gone"
-                found.append(f"{tool} chain {name} is {state}")
-        found += [f"{tool} chain {n} is not ours to have" for n in have.chains if n not in want]
-        for hook in static.HOOKS:
-            jumps = have.hooks.get(hook, HookState()).jumps
-            if jumps != ((1, names.hook_chain(hook)),):
-                found.append(f"{tool} {hook} does not begin with our jump alone")
-        return found
+        want = Ruleset(self._applied.chains[family], static.hook_jumps(self.options))
+        return table_differences(want, have, family, static.TABLE, rest=bool(self._rest))
+
+    def filter_drift(self, family: Family, have: TableDump) -> list[str]:
+        """What differs between a family's filter table and what was applied, in words."""
+        want = reject.filter_ruleset(self.options, family)
+        return table_differences(want, have, family, reject.TABLE, rest=bool(self._rest))
 
     def foreign_sets(self, present: Iterable[SetName]) -> list[str]:
         """Which of the sets with our prefix were never applied, in words."""
@@ -515,8 +485,8 @@ class Dataplane:
     @property
     def has_garbage(self) -> bool:
         """Whether `collect` would find something."""
-        if self.refusals:
-            return False
+        if self._rest or self.refusals:
+            return bool(self._rest)
         return bool(self._stale) or self._extra_chains or any(not n for n in self._users.values())
 
     def counts(self) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from netpol.enforce.kernel_state import DRIVER_ERRORS
 from netpol.kernel.drivers import SetDriver, TableDriver
 from netpol.kernel.rule_text import rule_text
 from netpol.kernel.set_text import member_text
@@ -18,14 +19,21 @@ from netpol.render.static import TABLE
 def live_view(pod: LocalPod, sets: SetDriver, tables: TableDriver) -> dict[str, Any]:
     """The chains that judge a pod with their counters, the sets they name, and its map entries.
 
-    Blocking: reads the kernel.
+    Blocking: reads the kernel. A family whose table cannot be read is left out, unless all are.
     """
     chains: list[dict[str, Any]] = []
     wanted: dict[SetName, None] = {}
     families = sorted({family_of(a) for a in pod.addresses}) or list(FAMILIES)
+    faults: list[Exception] = []
     for family in families:
-        dump = tables.dump(TABLE, family)
-        counters = tables.counters(TABLE, family)
+        try:
+            dump = tables.dump(TABLE, family)
+            counters = tables.counters(TABLE, family)
+        except DRIVER_ERRORS as e:
+            faults.append(e)
+            if len(faults) == len(families):
+                raise
+            continue
         for direction in Direction:
             key = pod.class_of(direction)
             wanted[names.class_map(direction, family)] = None

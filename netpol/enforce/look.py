@@ -8,19 +8,22 @@ has not changed since they were last found right are not read again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
 from netpol.enforce.dataplane import Dataplane
-from netpol.enforce.kernel_state import KernelDump, dump_kernel
+from netpol.enforce.kernel_state import DRIVER_ERRORS, Faults, KernelDump, dump_kernel
 from netpol.enforce.plan import set_differences
-from netpol.kernel.drivers import SetDriver, SetDump, TableDriver
+from netpol.kernel.drivers import SetDriver, SetDump, TableDriver, TableDump
 from netpol.model.ids import SetName
 from netpol.model.net import FAMILIES, Family
-from netpol.render.static import TABLE
+from netpol.render import reject, static
 
 T = TypeVar("T")
+#: Compares the dump of a family's table with what should be there.
+Differs = Callable[[Family, TableDump], list[str]]
 
 #: Differences that are named; the rest is only counted.
 NAMED_MAX = 5
@@ -50,11 +53,16 @@ class Look:
         run: Runner,
     ) -> None:
         self._dataplane, self._sets, self._tables, self._run = dataplane, sets, tables, run
-        # By family: the number of table transactions, and the fingerprint of what was right then.
-        self._right: dict[Family, tuple[int, str]] = {}
+        # Of each table: the number of table transactions, and the fingerprint of what was right then.
+        self._right: dict[tuple[str, Family], tuple[int, str]] = {}
 
     async def drift(
-        self, *, still: Callable[[], bool], transactions: int, members: bool
+        self,
+        *,
+        still: Callable[[], bool],
+        transactions: int,
+        members: bool,
+        skip: Faults | None = None,
     ) -> str | None:
         """What differs, in words; "" when nothing does, None when the look was overtaken.
 
@@ -62,43 +70,66 @@ class Look:
             still: whether graph and kernel are where they were when the look began.
             transactions: how many table transactions were made so far.
             members: look into the sets too.
+            skip: families that are not up to date, and known not to be.
         """
+        skip = skip or {}
         if self._dataplane.refusals:
-            return await self._everything(still)
+            return await self._everything(still, skip)
         found: list[str] = []
-        for family in FAMILIES:
-            if not await self._tables_differ(family, transactions, still, found):
+        differs: dict[str, Differs] = {static.TABLE: self._dataplane.table_drift}
+        if self._dataplane.options.rejects:
+            differs[reject.TABLE] = self._dataplane.filter_drift
+        if self._dataplane.reject_fault and await self._filter_is_back():
+            return "the filter table can be read again"
+        whole = [f for f in FAMILIES if f not in skip]
+        for family, (table, of) in itertools.product(whole, differs.items()):
+            if not await self._table_differs((table, family), of, transactions, still, found):
                 return None
-        if members and not await self._sets_differ(still, found):
+        if members and not await self._sets_differ(still, skip, found):
             return None
         return "; ".join(found[:NAMED_MAX]) + ("; and more" if len(found) > NAMED_MAX else "")
 
-    async def _everything(self, still: Callable[[], bool]) -> str | None:
+    async def _everything(self, still: Callable[[], bool], skip: Faults) -> str | None:
         """In one go: policies are left out, and what that means for sets depends on the whole dump."""
-        dump: KernelDump = await self._run(lambda: dump_kernel(self._sets, self._tables))
+        dump: KernelDump = await self._run(lambda: dump_kernel(self._sets, self._tables, skip=skip))
+        for error in (e for f, e in dump.failed.items() if f not in skip):
+            raise error
         return self._dataplane.drift(dump) if still() else None
 
-    async def _tables_differ(
-        self, family: Family, transactions: int, still: Callable[[], bool], found: list[str]
-    ) -> bool:
-        """Add what differs to `found`; False when overtaken."""
-        print_ = await self._run(lambda: self._tables.fingerprint(TABLE, family))
-        if not still():
+    async def _filter_is_back(self) -> bool:
+        try:
+            for family in FAMILIES:
+                await self._run(partial(self._tables.dump, reject.TABLE, family))
+        except DRIVER_ERRORS:
             return False
-        if self._right.get(family) == (transactions, print_):
-            return True
-        dump = await self._run(lambda: self._tables.dump(TABLE, family))
-        if not still():
-            return False
-        differences = self._dataplane.table_drift(family, dump)
-        found += differences
-        if differences:
-            self._right.pop(family, None)
-        else:
-            self._right[family] = (transactions, print_)
         return True
 
-    async def _sets_differ(self, still: Callable[[], bool], found: list[str]) -> bool:
+    async def _table_differs(
+        self,
+        at: tuple[str, Family],
+        differs: Differs,
+        transactions: int,
+        still: Callable[[], bool],
+        found: list[str],
+    ) -> bool:
+        """Add what differs to `found`; False when overtaken."""
+        print_ = await self._run(lambda: self._tables.fingerprint(*at))
+        if not still():
+            return False
+        if self._right.get(at) == (transactions, print_):
+            return True
+        dump = await self._run(lambda: self._tables.dump(*at))
+        if not still():
+            return False
+        differences = differs(at[1], dump)
+        found += differences
+        if differences:
+            self._right.pop(at, None)
+        else:
+            self._right[at] = (transactions, print_)
+        return True
+
+    async def _sets_differ(self, still: Callable[[], bool], skip: Faults, found: list[str]) -> bool:
         """Add what differs to `found`; False when overtaken."""
         present = await self._run(self._sets.headers)
         if not still():
@@ -109,6 +140,7 @@ class Look:
             part = next(parts, None)
             if part is None:
                 return True
+            part = {n: wanted for n, wanted in part.items() if wanted[0].family not in skip}
             if not part:
                 continue
             dump: dict[SetName, SetDump] = await self._run(partial(self._sets.dump, list(part)))

@@ -19,7 +19,7 @@ from enum import Enum
 
 from netpol.enforce.numbers import Numbers
 from netpol.model.ids import ChainName, Direction
-from netpol.model.net import family_of
+from netpol.model.net import Family, family_of
 from netpol.model.policy import CompiledPolicy
 from netpol.model.ruleset import Jump, Rule
 from netpol.policy.graph import GraphDelta, rule_sets
@@ -50,13 +50,14 @@ class Judgements:
     def __init__(
         self,
         direction: Direction,
+        family: Family,
         numbers: Numbers,
-        chains: Mapping[ChainName, tuple[object, ...]],
         *,
+        chains: Mapping[ChainName, tuple[object, ...]],
         shift: int,
     ) -> None:
         self._chains, self._shift = chains, shift
-        self._leaves = dict(numbers.foreign(direction))
+        self._leaves = numbers.foreign(direction, family)
         for key, number in numbers.used.items():
             if key.direction is direction:
                 self._leaves[number] = names.class_chain(key)

@@ -23,7 +23,7 @@ from netpol.kernel.marks import conflict, mark_uses
 from netpol.kernel.sysctl import keep_bridge_nf
 from netpol.lib.errors import InputError
 from netpol.model.net import Prefix, parse_prefix
-from netpol.render.options import RenderOptions
+from netpol.render.options import DenyWith, RenderOptions
 
 _log = structlog.get_logger(__name__)
 
@@ -54,7 +54,7 @@ class NodeFacts:
         self._addresses: tuple[bytes, ...] = ()
         self._sysctl_faults: list[str] = []
         self._mark_fault = ""
-        self._ipvs = IpvsWatch()
+        self._ipvs = IpvsWatch(marks_are_ours=settings.proxy)
         self._monitor: AddressMonitor | None = None
 
     def prepare(self) -> None:
@@ -67,9 +67,17 @@ class NodeFacts:
         self._look()
         self._addresses = own_addresses()
         self._ipvs.look()
-        fault = conflict(self._settings.field_mask, mark_uses())
-        if fault:
-            raise InputError(fault)
+        self._mark_fault = self._mark_conflict()
+        if self._mark_fault:
+            raise InputError(self._mark_fault)
+
+    def _mark_conflict(self) -> str:
+        """Who else uses bits that are ours, or ""; blocking."""
+        s, uses = self._settings, mark_uses()
+        fault = conflict(s.field_mask, uses) if s.policy else None
+        if fault is None and s.proxy:
+            fault = conflict(s.service_mask, uses, flag="--service-mark-mask")
+        return fault or ""
 
     def _look(self) -> None:
         self._network = read_pod_network(Path(self._settings.cni_conf_dir))
@@ -104,6 +112,7 @@ class NodeFacts:
             hold_ranges=self.hold_ranges(),
             own_addresses=self._addresses,
             ipvs_services=None if served is None else served.services,
+            deny_with=DenyWith(s.deny_with),
         )
 
     async def watch_ipvs(self, changed: Callable[[], None]) -> None:
@@ -112,6 +121,19 @@ class NodeFacts:
 
     def _interfaces(self) -> tuple[str, ...]:
         return self._settings.pod_interfaces or self._network.interfaces
+
+    def pod_ranges(self) -> tuple[Prefix, ...]:
+        """Ranges that this node's pods have their addresses from, as far as the node itself tells."""
+        return self._settings.ranges or self._network.ranges
+
+    @property
+    def addresses(self) -> tuple[bytes, ...]:
+        """The node's own addresses."""
+        return self._addresses
+
+    def hasten_ipvs(self) -> None:
+        """IPVS was changed by this agent: look at it at once."""
+        self._ipvs.hasten()
 
     def hold_ranges(self) -> tuple[Prefix, ...]:
         """Ranges whose unknown addresses are denied."""
@@ -130,19 +152,19 @@ class NodeFacts:
         )
         turn = 1
         while True:
-            before = self.options()
+            before = self.options(), self.pod_ranges()
             self._look()
-            if self.options() != before:
+            if (self.options(), self.pod_ranges()) != before:
                 changed()
             self._remember(self.hold_ranges())
             if turn % MARKS_EVERY_TURNS == 0:
-                uses = await asyncio.to_thread(mark_uses)
-                self._mark_fault = conflict(self._settings.field_mask, uses) or ""
+                self._mark_fault = await asyncio.to_thread(self._mark_conflict)
             turn += 1
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _address_event(self, monitor: AddressMonitor, changed: Callable[[], None]) -> None:
-        monitor.drain()
+        if not monitor.drain():
+            return
         now = own_addresses()
         if now != self._addresses:
             self._addresses = now

@@ -3,6 +3,9 @@
 A number is *used* while a pod has its class, *retiring* when no pod has but a leaf of the tree still
 leads from it to the class's chain, and free once a table transaction has removed that leaf. A class that
 comes back while retiring gets its own number again.
+
+A number means the same in both families. Where what they have in the kernel disagrees, since one could
+not be written for a while, the number is nobody's, and each keeps its leaf until no entry leads there.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from netpol.model.ids import ChainName, Direction
+from netpol.model.net import Family
 from netpol.model.ruleset import Goto, MarkMatch, Rule
 from netpol.policy.graph import ClassKey
 from netpol.render import names
@@ -23,23 +27,31 @@ class Numbers:
         self._last = (1 << options.width) - 1
         self._used: dict[ClassKey, int] = {}
         self._taken: dict[Direction, set[int]] = {d: set() for d in Direction}
-        # Leaves that a former agent left, by number, until the tree is written again.
-        self._foreign: dict[Direction, dict[int, ChainName]] = {d: {} for d in Direction}
+        # Leaves that a former agent left, by number and family, until the tree is written again.
+        self._foreign: dict[Direction, dict[int, dict[Family, ChainName]]] = {
+            d: {} for d in Direction
+        }
 
     @property
     def used(self) -> Mapping[ClassKey, int]:
         """Numbers of the classes that have one, retiring ones included."""
         return self._used
 
-    def foreign(self, direction: Direction) -> Mapping[int, ChainName]:
+    def foreign(self, direction: Direction, family: Family) -> dict[int, ChainName]:
         """Leaves of a former agent that no class of ours took over."""
         own = {n for k, n in self._used.items() if k.direction is direction}
-        return {n: c for n, c in self._foreign[direction].items() if n not in own}
+        return {
+            n: chains[family]
+            for n, chains in self._foreign[direction].items()
+            if n not in own and family in chains
+        }
 
-    def adopt(self, direction: Direction, leaves: Mapping[int, ChainName]) -> None:
+    def adopt(self, direction: Direction, family: Family, leaves: Mapping[int, ChainName]) -> None:
         """Remember what the kernel's tree says, before any class asks for a number."""
-        self._foreign[direction] = {n: c for n, c in leaves.items() if n >= FIRST_CLASS}
-        self._taken[direction] |= set(self._foreign[direction])
+        for number, chain in leaves.items():
+            if number >= FIRST_CLASS:
+                self._foreign[direction].setdefault(number, {})[family] = chain
+                self._taken[direction].add(number)
 
     def assign(self, key: ClassKey) -> int | None:
         """The number of a class; None where the field has no room (overflow)."""
@@ -47,8 +59,8 @@ class Numbers:
         if number is not None:
             return number
         chain = names.class_chain(key)
-        for candidate, owner in self._foreign[key.direction].items():
-            if owner == chain:
+        for candidate, owners in self._foreign[key.direction].items():
+            if set(owners.values()) == {chain}:
                 self._used[key] = candidate
                 return candidate
         taken = self._taken[key.direction]

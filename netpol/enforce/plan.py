@@ -14,6 +14,11 @@ members, which is what the API said before plus what it says now, under the old 
 whose own class changes gets its memberships only under its new class. See docs/adr for the cases.
 
 What nothing leads to any more (chains, sets, numbers) goes later, in a transaction of its own.
+
+The order holds within each family, since a packet meets the sets and the table of its own family alone.
+So every step is of one family, and one whose table refuses holds up nothing of the other. Only 1 comes
+first for both: it takes away, and is done even for a family that is left out (an address must not hand
+its old class to the next pod).
 """
 
 from __future__ import annotations
@@ -50,14 +55,26 @@ MapEntry = tuple[SetName, Member]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Steps to apply in order; stopping after any of them is safe."""
+    """Steps to apply in order, each of one family; stopping a family after any of its own is safe.
+
+    `leaving` says how many of them, from the first, only take entries of leaving addresses away.
+    """
 
     steps: tuple[Step, ...] = ()
+    leaving: int = 0
 
     @property
     def touches_tables(self) -> bool:
         """Whether any iptables transaction is in it."""
         return any(isinstance(s, TableTransaction) for s in self.steps)
+
+
+def family_of_step(step: Step) -> Family:
+    """The one family whose packets a step matters to."""
+    if isinstance(step, TableTransaction):
+        return step.family
+    first = step.ops[0]
+    return names.family_of_set(first.name) if isinstance(first, DestroySet) else first.spec.family
 
 
 @dataclass(slots=True)
@@ -74,12 +91,29 @@ class SetChange:
 
 
 @dataclass(slots=True)
+class _SetOps:
+    """Operations on the sets of one family, by their place in the order."""
+
+    leave: list[SetOp] = field(default_factory=list)
+    early: list[SetOp] = field(default_factory=list)
+    remove: list[SetOp] = field(default_factory=list)
+    tighten: list[SetOp] = field(default_factory=list)
+    loosen: list[SetOp] = field(default_factory=list)
+    late: list[SetOp] = field(default_factory=list)
+    appear: list[SetOp] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class TableChange:
-    """What happens to the table of one family."""
+    """What happens to the tables of one family.
+
+    `first` is what must happen before the rest, in another table (see `two_tables`).
+    """
 
     replace: dict[ChainName, Chain] = field(default_factory=dict)
     hooks: dict[Hook, ChainName | None] = field(default_factory=dict)
     hook_state: dict[Hook, HookState] = field(default_factory=dict)
+    first: tuple[TableTransaction, ...] = ()
 
 
 def assemble(
@@ -101,24 +135,19 @@ def assemble(
         held_mark: the mark of a held address.
         crossing: members that a set gains wait until all sets have lost theirs (see `moves.crosses`).
     """
-    leave: list[SetOp] = []
-    early: list[SetOp] = []
-    remove: list[SetOp] = []
-    tighten: list[SetOp] = []
-    loosen: list[SetOp] = []
-    late: list[SetOp] = []
-    appear: list[SetOp] = []
+    by_family = {f: _SetOps() for f in FAMILIES}
     moving = {m.address for _, m in moved if isinstance(m, Prefix)}
     for item in sets:
         spec = item.spec
+        ops = by_family[spec.family]
         if item.create:
-            early.append(CreateSet(spec, max(item.size, len(item.add))))
+            ops.early.append(CreateSet(spec, max(item.size, len(item.add))))
         if spec.name in MAPS:
             if item.delete:
-                leave.append(DeleteMembers(spec, item.delete))
+                ops.leave.append(DeleteMembers(spec, item.delete))
             other: Members = {m: held_mark for m in item.add if m in recreated}
             if other:
-                leave.append(AddMembers(spec, other))
+                ops.leave.append(AddMembers(spec, other))
             how = {m: moved[spec.name, m] for m in item.add if (spec.name, m) in moved}
             less: Members = {
                 m: item.add[m] if move is Move.TIGHTEN else held_mark
@@ -126,37 +155,42 @@ def assemble(
                 if move is not Move.LOOSEN
             }
             if less:
-                tighten.append(AddMembers(spec, less))
+                ops.tighten.append(AddMembers(spec, less))
             more: Members = {m: item.add[m] for m, move in how.items() if move is not Move.TIGHTEN}
             if more:
-                loosen.append(AddMembers(spec, more))
+                ops.loosen.append(AddMembers(spec, more))
             fresh = {m: v for m, v in item.add.items() if m not in how}
             if fresh:
-                appear.append(AddMembers(spec, fresh))
+                ops.appear.append(AddMembers(spec, fresh))
             continue
         if item.fresh:
             if item.delete:
-                early.append(DeleteMembers(spec, item.delete))
+                ops.early.append(DeleteMembers(spec, item.delete))
             if item.add:
-                early.append(AddMembers(spec, item.add))
+                ops.early.append(AddMembers(spec, item.add))
             continue
         held = {m: v for m, v in item.add.items() if crossing or address_of(spec, m) in moving}
         at_once = {m: v for m, v in item.add.items() if m not in held}
         if at_once:
-            early.append(AddMembers(spec, at_once))
+            ops.early.append(AddMembers(spec, at_once))
         if held:
-            late.append(AddMembers(spec, held))
+            ops.late.append(AddMembers(spec, held))
         if item.delete:
-            remove.append(DeleteMembers(spec, item.delete))
+            ops.remove.append(DeleteMembers(spec, item.delete))
     steps: list[Step] = []
 
     def put(*groups: list[SetOp]) -> None:
-        ops = tuple(op for group in groups for op in group)
-        if ops:
-            steps.append(SetTransaction(ops))
+        found = tuple(op for group in groups for op in group)
+        if found:
+            steps.append(SetTransaction(found))
 
-    put(leave, early)
-    for family, table in tables.items():
+    for ops in by_family.values():
+        put(ops.leave)
+    leaving = len(steps)
+    for family, ops in by_family.items():
+        put(ops.early)
+        table = tables.get(family, TableChange())
+        steps += table.first
         if table.replace or table.hooks:
             steps.append(
                 TableTransaction(
@@ -167,8 +201,8 @@ def assemble(
                     hook_state=table.hook_state,
                 )
             )
-    put(remove, tighten, loosen, late, appear)
-    return Plan(tuple(steps))
+        put(ops.remove, ops.tighten, ops.loosen, ops.late, ops.appear)
+    return Plan(tuple(steps), leaving)
 
 
 def address_of(spec: SetSpec, member: Member) -> bytes | None:
@@ -193,14 +227,16 @@ def garbage(
         replace: chains that lose their jumps to those (trees), as they should be.
         sets: sets to destroy.
     """
+    gone: dict[Family, list[SetOp]] = {f: [] for f in FAMILIES}
+    for name in sets:
+        gone[names.family_of_set(name)].append(DestroySet(name))
     steps: list[Step] = []
     for family in FAMILIES:
         doomed, rest = tuple(chains.get(family, ())), replace.get(family, {})
         if doomed or rest:
             steps.append(TableTransaction(TABLE, family, replace=rest, delete=doomed))
-    ops = tuple(DestroySet(name) for name in sets)
-    if ops:
-        steps.append(SetTransaction(ops))
+        if gone[family]:
+            steps.append(SetTransaction(tuple(gone[family])))
     return Plan(tuple(steps))
 
 

@@ -3,6 +3,8 @@
 A refused policy changes nothing: its chains keep the rules that were applied last. A pod that would move
 to a class with a policy that never had rules keeps the class it has; one that has none is held. All other
 policies and pods are up to date. A refusal holds until the policy changes or it is time to try again.
+
+Where an error names nobody, `Search` finds out who it is. What each of its tries applies stays applied.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from dataclasses import dataclass, field
 
 from netpol.kernel.drivers import SetDump, SetError, TableDump, TableError, TableTransaction
 from netpol.kernel.table_text import transaction_text
-from netpol.lib.errors import KernelError
 from netpol.model.ids import ChainName, Direction, ObjectKey, SetName
 from netpol.model.net import FAMILIES, Family, host_prefix
 from netpol.model.policy import CompiledPolicy
@@ -24,6 +25,8 @@ from netpol.render.node import Desired
 from netpol.render.options import UNKNOWN, RenderOptions
 from netpol.render.policies import policy_net_sets
 
+#: Names that are followed in one search before it asks everybody.
+HINTS_MAX = 8
 _CHAIN_OF_LINE = re.compile(r"(?:-A |:)(\S+)")
 
 
@@ -34,22 +37,30 @@ class Refusals:
     Attributes:
         policies: each with the contents that were refused, and the reason.
         sets: sets that failed, with the reason.
+        waiting: policies that wait for their turn while a search is under way.
+        retried: those that are tried again; refused for all that anybody knows, until that is done.
     """
 
     policies: dict[PolicyId, tuple[CompiledPolicy, str]] = field(default_factory=dict)
     sets: dict[SetName, str] = field(default_factory=dict)
+    waiting: list[PolicyId] = field(default_factory=list)
+    retried: dict[PolicyId, tuple[CompiledPolicy, str]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.policies)
+        return bool(self.policies or self.waiting)
+
+    @property
+    def withheld(self) -> set[PolicyId]:
+        """Whatever must stay as it is for now."""
+        return {*self.policies, *self.waiting}
 
     def reasons(self) -> dict[ObjectKey, str]:
         """Why each refused policy was."""
-        return {identity.key: why for identity, (_, why) in self.policies.items()}
+        return {i.key: why for i, (_, why) in {**self.retried, **self.policies}.items()}
 
-    def clear(self) -> None:
-        """Try everything again."""
-        self.policies.clear()
-        self.sets.clear()
+    def try_again(self) -> None:
+        """Leave nothing out at the next run."""
+        self.retried, self.policies, self.sets = self.policies, {}, {}
 
     def forget_changed(self, active: Mapping[PolicyId, CompiledPolicy]) -> None:
         """A policy with other contents, or out of use, is not refused."""
@@ -57,21 +68,11 @@ class Refusals:
         if kept != self.policies:
             self.policies, self.sets = kept, {}
 
-    def blame(
-        self,
-        error: KernelError,
-        step: object,
-        active: Mapping[PolicyId, CompiledPolicy],
-    ) -> bool:
-        """Find the policies behind an error; False when it is none's (or will pass)."""
-        guilty: list[PolicyId] = []
-        if isinstance(error, SetError):
-            guilty = [i for i, p in active.items() if error.name in set_names(p)]
-            if guilty:
-                self.sets[error.name] = str(error)
-        elif isinstance(error, TableError) and not error.retryable:
-            chain = _chain_at(step, error.line)
-            guilty = [i for i in active if chain in {names.policy_chain(i, d) for d in i.isolates}]
+    def blame_set(self, error: SetError, active: Mapping[PolicyId, CompiledPolicy]) -> bool:
+        """Refuse the policies that need a set that failed; False where none does."""
+        guilty = [i for i, p in active.items() if error.name in set_names(p)]
+        if guilty:
+            self.sets[error.name] = str(error)
         for identity in guilty:
             self.policies[identity] = (active[identity], str(error))
         return bool(guilty)
@@ -86,6 +87,78 @@ class Refusals:
                 self.policies[identity] = (policy, strange[name])
 
 
+class Search:
+    """Who it is, where a table refuses a transaction.
+
+    An error's line is a hint at best: legacy names COMMIT for what the kernel refuses, nft for a loop some
+    rule that leads there. So whoever is named waits, else everybody who has new rules in the transaction;
+    what is then still refused is nobody's fault. After that half of those who wait have their turn; when
+    that is refused, half of them, down to one alone, who it is. Finding one takes two transactions for
+    each doubling of the number of suspects, at most.
+
+    Args:
+        refusals: keeps who waits and who was found.
+    """
+
+    def __init__(self, refusals: Refusals) -> None:
+        self._refusals = refusals
+        # Families that took a transaction without the suspects, since they first refused one.
+        self._sound: set[Family] = set()
+        self._hints = 0
+
+    def refused(
+        self,
+        error: Exception,
+        step: object,
+        active: Mapping[PolicyId, CompiledPolicy],
+        withheld: set[PolicyId],
+    ) -> bool:
+        """Take in that a family refused a transaction; False when that is nobody's fault.
+
+        Args:
+            error: what the driver raised.
+            step: the transaction.
+            active: all policies in use.
+            withheld: who was left out when the transaction was made.
+        """
+        if not isinstance(error, TableError) or error.retryable:
+            return False
+        if not isinstance(step, TableTransaction):
+            return False
+        # In the same order for both families, so that those who are tried are tried in both.
+        suspects = sorted(
+            i for i in active.keys() - withheld if not _chains(i).isdisjoint(step.replace)
+        )
+        if step.family not in self._sound:
+            wait = self._named(error, step, suspects) or suspects
+        elif len(suspects) == 1:
+            self._refusals.policies[suspects[0]] = (active[suspects[0]], str(error))
+            wait = []
+        else:
+            wait = suspects[len(suspects) // 2 :]
+        self._refusals.waiting += [i for i in wait if i not in self._refusals.waiting]
+        return bool(suspects)
+
+    def _named(
+        self, error: TableError, step: TableTransaction, suspects: list[PolicyId]
+    ) -> list[PolicyId]:
+        self._hints += 1
+        chain = _chain_at(step, error.line) if self._hints <= HINTS_MAX else None
+        return [i for i in suspects if chain in _chains(i)]
+
+    def took(self, families: Iterable[Family]) -> bool:
+        """These families took what they were given; False when nobody waits any more."""
+        if not self._refusals.waiting:
+            return False
+        self._sound |= set(families)
+        del self._refusals.waiting[: -(-len(self._refusals.waiting) // 2)]
+        return True
+
+    def end(self) -> None:
+        """Nobody waits."""
+        self._refusals.waiting.clear()
+
+
 def set_names(policy: CompiledPolicy) -> set[SetName]:
     """The sets of both families that a policy's rules name."""
     out = {names.member_set(k, f) for k in sets_of(policy) for f in FAMILIES}
@@ -94,11 +167,16 @@ def set_names(policy: CompiledPolicy) -> set[SetName]:
     return out
 
 
-def _chain_at(step: object, line: int) -> ChainName | None:
-    if not isinstance(step, TableTransaction) or not line:
+def _chains(identity: PolicyId) -> set[ChainName]:
+    return {names.policy_chain(identity, d) for d in identity.isolates}
+
+
+def _chain_at(step: TableTransaction, line: int) -> ChainName | None:
+    try:
+        lines = transaction_text(step).splitlines() if line else []
+    except TableError:  # a rule that cannot be written: the driver failed for the same
         return None
-    lines = transaction_text(step).splitlines()
-    found = _CHAIN_OF_LINE.match(lines[line - 1]) if line <= len(lines) else None
+    found = _CHAIN_OF_LINE.match(lines[line - 1]) if 0 < line <= len(lines) else None
     return ChainName(found.group(1)) if found else None
 
 
@@ -113,18 +191,21 @@ def withhold(
 ) -> set[ClassKey]:
     """Take what is refused out of a desired state, in favour of what is in the kernel.
 
+    `tables` are those of the families that are read and written at all.
+
     Returns:
         The classes that no pod may move to.
     """
     for name in refusals.sets:
         desired.sets.pop(name, None)
-    blocked = _blocked(refusals.policies, graph, tables)
-    for family in FAMILIES:
+    withheld = refusals.withheld
+    blocked = _blocked(withheld, graph, tables)
+    for family, dump in tables.items():
         chains = dict(desired.rulesets[family].chains)
-        for identity in refusals.policies:
+        for identity in withheld:
             for direction in identity.isolates:
                 chain = names.policy_chain(identity, direction)
-                have = tables[family].chains.get(chain)
+                have = dump.chains.get(chain)
                 if have is None:
                     chains.pop(chain, None)
                 else:
@@ -137,14 +218,14 @@ def withhold(
 
 
 def _blocked(
-    refused: Iterable[PolicyId], graph: Graph, tables: Mapping[Family, TableDump]
+    withheld: Iterable[PolicyId], graph: Graph, tables: Mapping[Family, TableDump]
 ) -> set[ClassKey]:
-    """Classes with a refused policy whose chain some family does not have."""
+    """Classes with a withheld policy whose chain some family does not have."""
     absent = {
         (i, d)
-        for i in refused
+        for i in withheld
         for d in i.isolates
-        if any(names.policy_chain(i, d) not in tables[f].chains for f in FAMILIES)
+        if any(names.policy_chain(i, d) not in dump.chains for dump in tables.values())
     }
     out: set[ClassKey] = set()
     for pod in graph.local_pods.values():

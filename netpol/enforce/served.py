@@ -16,6 +16,7 @@ Their packets are judged at INPUT like any others, by the address that they carr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ _log = structlog.get_logger(__name__)
 LOOK_EVERY_S = 1.0
 #: A large table is read so seldom that reading takes at most this part of the time.
 LOOK_SHARE = 0.02
+#: The same while somebody asks for looks.
+HASTE_SHARE = 0.2
 
 _LOOPBACK6 = bytes(15) + b"\x01"
 _LINK_LOCAL6 = Prefix(b"\xfe\x80" + bytes(14), 10)
@@ -51,9 +54,16 @@ class Served:
     notes: tuple[str, ...] = ()
 
 
-def served_by(table: IpvsTable, own_addresses: Collection[bytes]) -> Served:
-    """Pick the services all of whose packets OUTPUT will see with a backend's address."""
-    own = frozenset(own_addresses)
+def served_by(
+    table: IpvsTable, own_addresses: Collection[bytes], *, marks_are_ours: bool = False
+) -> Served:
+    """Pick the services all of whose packets OUTPUT will see with a backend's address.
+
+    Services by mark of our own proxy stand behind services by address, which tell of them.
+    """
+    # What IPVS serves is local too, or its packets would not come to it; `own_addresses` leaves out those
+    # that only Services have. A backend of one Service may be the address of another.
+    own = frozenset(own_addresses) | {service.address for service in table.services}
     # Each real server is looked at once: thousands of services share them.
     all_of_them = frozenset().union(*table.services.values())
     otherwise = {b for b in all_of_them if b.forward not in (Forward.NAT, Forward.LOCAL)}
@@ -72,7 +82,7 @@ def served_by(table: IpvsTable, own_addresses: Collection[bytes]) -> Served:
     counted = (
         (at_home, "with a backend on this node itself"),
         (other_way, "that forward without NAT"),
-        (table.fwmarks, "by packet mark"),
+        (0 if marks_are_ours else table.fwmarks, "by packet mark"),
         (catch_all, "for all ports of an address"),
         (len(table.strange), "that cannot be read"),
     )
@@ -101,13 +111,18 @@ class IpvsWatch:
     for the loop, and sees the table of the last look as a whole.
     """
 
-    def __init__(self, read: Reader = read_ipvs) -> None:
-        self._read = read
+    def __init__(self, read: Reader = read_ipvs, *, marks_are_ours: bool = False) -> None:
+        self._read, self._marks_are_ours = read, marks_are_ours
         self._table: IpvsTable | None = None
         self._known: tuple[IpvsTable | None, tuple[bytes, ...], Served] = (None, (), Served())
         self._fault = ""
         self._conntrack_fault = ""
         self.look_took_s = 0.0
+        self._soon = asyncio.Event()
+
+    def hasten(self) -> None:
+        """Have the next look at once: the table was changed just now."""
+        self._soon.set()
 
     def look(self) -> bool:
         """Read the table; whether it is another one than at the last look.
@@ -146,7 +161,7 @@ class IpvsWatch:
             return None
         table, own, served = self._known
         if table is not self._table or own != own_addresses:
-            served = served_by(self._table, own_addresses)
+            served = served_by(self._table, own_addresses, marks_are_ours=self._marks_are_ours)
             self._known = (self._table, own_addresses, served)
         return served
 
@@ -157,7 +172,11 @@ class IpvsWatch:
     async def watch(self, changed: Callable[[], None]) -> None:
         """Look until cancelled; tell of every change."""
         while True:
-            await asyncio.sleep(max(LOOK_EVERY_S, self.look_took_s / LOOK_SHARE))
+            await asyncio.sleep(self.look_took_s / HASTE_SHARE)
+            with contextlib.suppress(TimeoutError):
+                rest_s = max(LOOK_EVERY_S, self.look_took_s / LOOK_SHARE)
+                await asyncio.wait_for(self._soon.wait(), rest_s)
+            self._soon.clear()
             if await asyncio.to_thread(self.look):
                 changed()
 

@@ -1,16 +1,16 @@
 """The policy room: runs the dataplane on marks, checks for drift, keeps the last error for everyone to see.
 
 Owns when something is applied, not what. Nothing is written before `start` was told that the caches are
-in sync; what a former agent left in the kernel stays in force until then. Errors never end the room: the
-runner repeats, and every repetition begins from a fresh dump of the kernel.
+in sync; what a former agent left in the kernel stays in force until then. Errors never end the room. A
+family that fails is tried again by itself while the other goes on; when both fail the runner repeats. Every
+repetition begins from a fresh dump of the kernel.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -19,18 +19,25 @@ import structlog
 from netpol.aio.clock import Clock, SystemClock
 from netpol.aio.runner import BoundedRunner
 from netpol.enforce.dataplane import Dataplane
-from netpol.enforce.kernel_state import KernelDump, StepError, dump_kernel, execute
+from netpol.enforce.down import DownFamilies, fault_text
+from netpol.enforce.kernel_state import (
+    DRIVER_ERRORS,
+    StepError,
+    attempt,
+    dump_kernel,
+    dump_tables,
+    knows_pods,
+    other_mask,
+)
 from netpol.enforce.look import Look
 from netpol.enforce.plan import Plan
-from netpol.kernel.drivers import SetDriver, SetError, TableDriver, TableDump, TableError
-from netpol.lib.errors import InputError, NetpolError
-from netpol.model.ids import Direction
-from netpol.model.net import FAMILIES, Prefix
-from netpol.model.ruleset import Rule, SetMark
+from netpol.enforce.reconcile import Reconciler
+from netpol.enforce.room_status import RoomStatus
+from netpol.kernel.drivers import SetDriver, TableDriver
+from netpol.lib.errors import InputError, KernelError, NetpolError
+from netpol.model.net import FAMILIES, Family
 from netpol.policy.graph import Graph
-from netpol.render import names
 from netpol.render.options import RenderOptions
-from netpol.render.static import TABLE
 
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -46,27 +53,8 @@ MEMBERS_AFTER_S = 0.4
 HOLD_TRIES, HOLD_RETRY_S = 4, 0.5
 #: Quiet time before garbage goes: what comes back within it costs nothing.
 GARBAGE_AFTER_S = 2.0
-#: A refused policy is tried again once the checks are this far apart.
-RETRY_REFUSED_S = 25.0
-
-
-@dataclass(slots=True)
-class RoomStatus:
-    """What the room did: for status, metrics and readiness.
-
-    `latency_s` is the last time from an event that the graph was told to the kernel having it.
-    """
-
-    applied_generation: int = 0
-    applied_at_s: float | None = None
-    applies: int = 0
-    reconciles: int = 0
-    table_transactions: int = 0
-    drifts: int = 0
-    failures: int = 0
-    error: str = ""
-    drift: str = ""
-    latency_s: float | None = None
+#: A refused policy is tried again after this, by a look: not while there is other work.
+RETRY_REFUSED_S = 60.0
 
 
 class PolicyRoom:
@@ -102,11 +90,17 @@ class PolicyRoom:
         self._told_at_s: float | None = None
         self._dirty = True
         self._serve_changed = False
+        self._refused_since_s: float | None = None
         self._check_after_s = FIRST_CHECK_S
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()  # one planner at a time: run, collect
         self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="look")
         self._eyes = Look(self.dataplane, sets=sets, tables=tables, run=self._looking)
+        self._down = DownFamilies()
+        self._tried = asyncio.Event()
+        self._reconciler = Reconciler(
+            self.dataplane, sets=sets, tables=tables, kernel=self.kernel, attempt=self._attempt
+        )
 
     # -- marks ------------------------------------------------------------------------------
 
@@ -152,6 +146,7 @@ class PolicyRoom:
         """Serve marks, look for drift and remove garbage until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.runner.run_forever(), name="policy runner")
+            group.create_task(self._reviving(), name="policy reviving")
             group.create_task(self._housekeeping(), name="policy housekeeping")
 
     async def check_mask(self) -> None:
@@ -160,9 +155,11 @@ class PolicyRoom:
         Raises:
             InputError: they differ.
         """
-        tables = await self.kernel(lambda: [self._tables.dump(TABLE, f) for f in FAMILIES])
-        for have in tables:
-            fault = other_mask(have, self.dataplane.options.field_mask)
+        failed: dict[Family, Exception] = {}
+        dumps = await self.kernel(lambda: dump_tables(self._tables, failed))
+        self._reconciler.unchecked = set(failed)
+        for dump in dumps.values():
+            fault = other_mask(dump, self.dataplane.options.field_mask)
             if fault:
                 raise InputError(fault)
 
@@ -173,21 +170,25 @@ class PolicyRoom:
         force and nothing is written; one that was killed while it held is finished. Returns whether it
         wrote. What the kernel still refuses after some tries is tried again with the first apply.
         """
+        wrote = False
         for _ in range(HOLD_TRIES):
             try:
                 dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
-                if _knows_pods(dump):
-                    return False
+                if knows_pods(dump):
+                    return wrote
                 self._renew_options()
                 plan = self.dataplane.reconcile(dump)
-                await self._execute(plan)
-            except (SetError, TableError, StepError) as e:
+                faults = {**dump.failed, **await self._attempt(plan, dump.failed)}
+                wrote |= bool(plan.steps)
+                if faults:
+                    raise KernelError(fault_text(faults))
+            except DRIVER_ERRORS as e:
                 self._failed(e)
                 await self._clock.sleep(HOLD_RETRY_S)
             else:
                 self.status.error = ""
-                return bool(plan.steps)
-        return False
+                break
+        return wrote
 
     async def _run(self) -> None:
         if not self._started:
@@ -196,7 +197,7 @@ class PolicyRoom:
             generation, told_at_s = self.generation, self._told_at_s
             self._told_at_s = None
             # While something is refused, every run looks at everything: what is kept depends on it.
-            if self._dirty or self.dataplane.refusals:
+            if self._dirty or self.dataplane.refusals or self._revival_due:
                 await self._reconcile()
             else:
                 await self._changes()
@@ -206,7 +207,11 @@ class PolicyRoom:
         self.status.applied_at_s = now_s = self._clock.monotonic()
         if told_at_s is not None:
             self.status.latency_s = now_s - told_at_s
-        self.status.error = ""
+        self.status.error = fault_text(self._down.errors)
+        if not self.dataplane.refusals:
+            self._refused_since_s = None
+        elif self._refused_since_s is None:
+            self._refused_since_s = now_s
         self._check_after_s = FIRST_CHECK_S
         self._wake.set()
         self._tell_applied()
@@ -215,22 +220,36 @@ class PolicyRoom:
         self.status.reconciles += 1
         self._renew_options()
         self._dirty = True
+        began_s = self._clock.monotonic()
+        resting = self._down.resting(began_s)
+        try:
+            failed = await self._reconciler.run(resting)
+            if len(failed) == len(FAMILIES):
+                self._down.clear()
+                raise KernelError(fault_text(failed))
+            new = {f: e for f, e in failed.items() if f not in resting}
+            now_s = self._clock.monotonic()
+            self._down.tried(new, rested=resting, now_s=now_s, took_s=now_s - began_s)
+            for error in new.values():
+                self._count(error)
+        finally:
+            self.status.down = tuple(self._down.errors)
+            self._tried.set()
+        self._dirty = False
+
+    @property
+    def _revival_due(self) -> bool:
+        return self._down.pause_s(self._clock.monotonic()) == 0
+
+    async def _reviving(self) -> None:
+        """Have families that are down tried again, each in its time."""
         while True:
-            dump = await self.kernel(lambda: dump_kernel(self._sets, self._tables))
-            self._graph.flush(together=True)
-            try:
-                await self._execute(self.dataplane.reconcile(dump))
-            except StepError as e:
-                active = self._graph.active_policies
-                # Each turn leaves a policy out that was not left out before, so this ends.
-                known = set(self.dataplane.refusals.policies)
-                blamed = self.dataplane.refusals.blame(e.error, e.step, active)
-                if not blamed or set(self.dataplane.refusals.policies) == known:
-                    raise
-                _log.error("policy refused", error=str(e))
-                continue
-            self._dirty = False
-            return
+            self._tried.clear()
+            pause_s = self._down.pause_s(self._clock.monotonic())
+            if pause_s == 0:
+                self.runner.mark()
+                pause_s = None
+            await self._pause(pause_s, self._tried)
 
     async def _changes(self) -> None:
         # Pods first, then policies: see Graph.flush. Nothing is awaited between the two (but for a dump,
@@ -248,7 +267,8 @@ class PolicyRoom:
             returning = await self.kernel(partial(self._sets.dump, back)) if back else {}
             plans.append(self.dataplane.change(delta, returning))
         for plan in plans:
-            await self._execute(plan)
+            if not await self._apply(plan):
+                return
         if plans:
             self._dirty = False
 
@@ -260,20 +280,29 @@ class PolicyRoom:
             await self._reconcile()  # the rule and its sets come or go
             return
         self._dirty = True
-        await self._execute(self.dataplane.serve(served))
-        self._dirty = False
+        if await self._apply(self.dataplane.serve(served)):
+            self._dirty = False
 
     def _renew_options(self) -> None:
         self._serve_changed = False
         if self._options is not None:
             self.dataplane.options = self._options()
 
-    async def _execute(self, plan: Plan) -> None:
+    async def _apply(self, plan: Plan) -> bool:
+        """Apply a change; where that fails, compare everything at once, and return False."""
+        stopped = await self._attempt(plan, self._down.errors)
+        for error in stopped.values():
+            self._count(error)
+        if stopped:
+            await self._reconcile()
+        return not stopped
+
+    async def _attempt(self, plan: Plan, skip: Collection[Family]) -> dict[Family, StepError]:
         if not plan.steps:
-            return
+            return {}
         self.status.applies += 1
         self.status.table_transactions += plan.touches_tables
-        await self.kernel(lambda: execute(plan, self._sets, self._tables))
+        return await self.kernel(lambda: attempt(plan, self._sets, self._tables, skip=skip))
 
     async def kernel(self, work: Callable[[], T]) -> T:
         """Run blocking work where all work with the kernel runs: in one thread, one after the other."""
@@ -286,10 +315,13 @@ class PolicyRoom:
 
     def _failed(self, error: Exception) -> None:
         self._dirty = True
-        self.status.failures += 1
         self.status.error = str(error) or type(error).__name__
-        known = isinstance(error, NetpolError)
-        _log.error("apply failed", error=self.status.error, exc_info=None if known else error)
+        self._count(error)
+
+    def _count(self, error: Exception) -> None:
+        self.status.failures += 1
+        known = isinstance(error, NetpolError | OSError)
+        _log.error("apply failed", error=str(error), exc_info=None if known else error)
 
     # -- drift and garbage ------------------------------------------------------------------
 
@@ -297,8 +329,9 @@ class PolicyRoom:
         while True:
             self._wake.clear()
             await self._pause(self._check_after_s)
-            if self._wake.is_set() or not self.ready or self.runner.pending:
-                if not self.ready:
+            never = self.status.applied_at_s is None
+            if self._wake.is_set() or never or self.runner.pending:
+                if never or self.runner.failures:
                     await self._pause(1.0)
                 continue
             try:
@@ -311,23 +344,28 @@ class PolicyRoom:
                 self.resync()
             self._check_after_s = min(self._check_after_s * 2, LAST_CHECK_S)
 
-    async def _pause(self, seconds: float) -> None:
-        """Sleep, but not past the next apply."""
-        waiter = asyncio.ensure_future(self._wake.wait())
-        timer = asyncio.ensure_future(self._clock.sleep(seconds))
+    async def _pause(self, seconds: float | None, event: asyncio.Event | None = None) -> None:
+        """Sleep, but not past an event (by default the next apply)."""
+        waiter = asyncio.ensure_future((event or self._wake).wait())
+        timers = [asyncio.ensure_future(self._clock.sleep(seconds))] if seconds is not None else []
         try:
-            await asyncio.wait((waiter, timer), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((waiter, *timers), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            waiter.cancel()
-            timer.cancel()
-            await asyncio.gather(waiter, timer, return_exceptions=True)
+            for one in (waiter, *timers):
+                one.cancel()
+            await asyncio.gather(waiter, *timers, return_exceptions=True)
 
     async def _look(self) -> None:
-        if self.dataplane.refusals and self._check_after_s >= RETRY_REFUSED_S:
-            self.dataplane.refusals.clear()
+        if (
+            self._refused_since_s is not None
+            and self._clock.monotonic() - self._refused_since_s >= RETRY_REFUSED_S
+        ):
+            self._refused_since_s = None
+            self.dataplane.refusals.try_again()
             self.resync()
             return
-        if self.dataplane.has_garbage and self._check_after_s >= GARBAGE_AFTER_S / 2:
+        garbage = self.dataplane.has_garbage and not self._down
+        if garbage and self._check_after_s >= GARBAGE_AFTER_S / 2:
             await self._collect()
             return
         generation, applies = self.generation, self.status.applies
@@ -344,6 +382,7 @@ class PolicyRoom:
             still=still,
             transactions=self.status.table_transactions,
             members=self._check_after_s >= MEMBERS_AFTER_S,
+            skip=self._down.errors,
         )
         if drift:
             self.status.drifts += 1
@@ -353,10 +392,11 @@ class PolicyRoom:
 
     async def _collect(self) -> None:
         async with self._lock:
-            if self._dirty:
+            if self._dirty or self._down:
                 return
             self._dirty = True
-            await self._execute(self.dataplane.collect())
+            for error in (await self._attempt(self.dataplane.collect(), ())).values():
+                raise error
             self._graph.members.compact()
             self._dirty = False
 
@@ -365,28 +405,3 @@ class PolicyRoom:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._look_thread.shutdown(wait=False, cancel_futures=True)
         self._sets.close()
-
-
-def other_mask(dump: TableDump, mask: int) -> str | None:
-    """Whether the rules in force use another mark field, in words.
-
-    Rules and map entries could not change over together: between the two, numbers would mean nothing.
-    """
-    for rule in dump.chains.get(names.OK, ()):
-        if isinstance(rule, Rule) and isinstance(rule.action, SetMark) and rule.action.mask != mask:
-            return (
-                f"the rules in force use the mark field {rule.action.mask:#010x}; got --mark-mask "
-                f"{mask:#010x}: drain the node, run netpol-ctl cleanup, then start again"
-            )
-    return None
-
-
-def _knows_pods(dump: KernelDump) -> bool:
-    """Whether a former agent left the entry of a pod: as a source every pod has one, and only pods."""
-    maps = (dump.sets.get(names.class_map(Direction.EGRESS, f)) for f in FAMILIES)
-    return any(
-        isinstance(entry, Prefix) and entry.is_host
-        for found in maps
-        if found is not None
-        for entry in found.members
-    )

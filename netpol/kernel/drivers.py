@@ -6,12 +6,13 @@ operator would type; nothing happens until a driver applies it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from netpol.lib.errors import KernelError
+from netpol.model import ids
 from netpol.model.ids import ChainName, SetName
 from netpol.model.ipvs import IpvsFailure, IpvsOp, ServerId, ServerState
 from netpol.model.net import Family
@@ -81,7 +82,7 @@ class SetDump:
 
 
 class SetDriver(Protocol):
-    """ipset. Only sets whose name starts with our prefix are seen or touched."""
+    """ipset. Only sets of one owner, by their names, are seen or touched."""
 
     def dump(self, names: Sequence[SetName] | None = None) -> dict[SetName, SetDump]:
         """Read our sets (or those named) with members.
@@ -133,14 +134,19 @@ class ForeignRule(NamedTuple):
 
 
 class HookState(NamedTuple):
-    """Our jumps in a hook: 1-based positions of rules that jump to a chain of ours, and their chains."""
+    """The owner's jumps in a hook.
+
+    `jumps` are the 1-based positions, among all rules, of those that jump to a chain of the owner, with
+    their chains; `place` is where its jump has to stand: behind those of the rooms that go first.
+    """
 
     jumps: tuple[tuple[int, ChainName], ...] = ()
+    place: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class TableDump:
-    """Our part of one table of one family: chains under our prefix, and our jumps in the hooks."""
+    """The owner's part of one table of one family: its chains, and its jumps in the hooks."""
 
     chains: Mapping[ChainName, tuple[Rule | ForeignRule, ...]] = field(default_factory=dict)
     hooks: Mapping[Hook, HookState] = field(default_factory=dict)
@@ -153,9 +159,9 @@ class TableTransaction:
     Attributes:
         replace: chains that are created or get exactly these rules.
         delete: chains of ours that go (after everything that references them went).
-        hooks: for each hook named: the chain that rule 1 must jump to, or None for no jump of ours.
-            All other jumps of ours in that hook go; the new one is inserted before the old ones are
-            deleted.
+        hooks: for each hook named: the chain that the rule at our place (rule 1, or behind the rooms
+            that go first) must jump to, or None for no jump of ours. All other jumps of ours in that
+            hook go; the new one is inserted before the old ones are deleted.
         hook_state: the jumps that stand there now (from the dump), which `hooks` replaces.
     """
 
@@ -168,7 +174,10 @@ class TableTransaction:
 
 
 class TableDriver(Protocol):
-    """iptables of one variant: mangle (and filter) of both families."""
+    """iptables of one variant: the tables of both families, as one owner sees them.
+
+    "Ours" is what belongs to that owner by its name (`model.ids.Owner`).
+    """
 
     variant: Variant
 
@@ -190,6 +199,14 @@ class TableDriver(Protocol):
 
 
 # -- ipvs ---------------------------------------------------------------------------------------
+
+
+class Timeouts(NamedTuple):
+    """How long IPVS keeps idle connections."""
+
+    tcp_s: int
+    tcp_fin_s: int
+    udp_s: int
 
 
 class IpvsDriver(Protocol):
@@ -214,27 +231,78 @@ class IpvsDriver(Protocol):
         """Set how long idle connections are kept; 0 leaves one as it is."""
         ...
 
+    def timeouts(self) -> Timeouts:
+        """How long idle connections are kept."""
+        ...
+
     def close(self) -> None:
         """Release the socket."""
         ...
 
 
 class VipDriver(Protocol):
-    """Our dummy link and the addresses on it (host prefixes, no duplicate address detection)."""
+    """Our dummy link and the addresses on it (host prefixes, no duplicate address detection).
+
+    Each address has a local route. The one that the kernel makes lets the node speak to the address with
+    the address itself; with a source, it speaks with that, and is known as the node wherever that goes.
+    """
 
     def dump(self) -> frozenset[bytes] | None:
         """The addresses on the link; None where there is no link."""
         ...
 
+    def misrouted(self, sources: Mapping[Family, bytes]) -> frozenset[bytes]:
+        """Addresses on the link that are not local with the source of their family: apply adds them again.
+
+        The kernel drops the routes of a source that leaves the node, and of a link that goes down.
+        """
+        ...
+
     def apply(
-        self, *, add: Sequence[bytes], remove: Sequence[bytes]
+        self,
+        *,
+        add: Sequence[bytes],
+        remove: Sequence[bytes],
+        sources: Mapping[Family, bytes] | None = None,
     ) -> tuple[tuple[bytes, int], ...]:
         """Make the link if needed, then add and remove; returns (address, errno) of what was refused.
 
         What is there is no error to add, what is not there none to remove.
+
+        Args:
+            add: addresses; those that are there get their route.
+            remove: addresses that go, with their route.
+            sources: addresses of the node, which it speaks with to the added ones of their family;
+                a family without one has the kernel's own route.
         """
         ...
 
     def remove_link(self) -> None:
-        """Remove the link with its addresses; none is no error."""
+        """Remove the link with its addresses and routes; none is no error."""
+        ...
+
+    def close(self) -> None:
+        """Release the socket."""
+        ...
+
+
+class FlowMatch(NamedTuple):
+    """Flows of conntrack that were sent on to a backend; an empty address and a port 0 mean any."""
+
+    protocol: ids.Protocol
+    backend: bytes
+    backend_port: int = 0
+    address: bytes = b""
+    port: int = 0
+
+
+class FlowDriver(Protocol):
+    """The flows that conntrack knows, of which we only ever end some."""
+
+    def end(self, matches: Collection[FlowMatch]) -> int:
+        """End the flows that match any; returns how many there were."""
+        ...
+
+    def close(self) -> None:
+        """Release the socket."""
         ...

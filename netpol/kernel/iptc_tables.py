@@ -31,16 +31,16 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
-from netpol.kernel.drivers import HookState, TableDump, TableError, TableTransaction, Variant
+from netpol.kernel.drivers import TableDump, TableError, TableTransaction, Variant
 from netpol.kernel.iptc_build import CannotBuildError, build_rule, library
 from netpol.kernel.rule_parse import split_words
-from netpol.kernel.table_text import Counters, transaction_text
+from netpol.kernel.table_text import Counters, hook_states, transaction_text
 from netpol.kernel.tables import LOCK_WAIT_S, RestoreTables, legacy_tables
 from netpol.kernel.xt_decode import decode_rule
 from netpol.lib.errors import KernelMissingError, NoAnswerError
 from netpol.model.ids import ChainName, SetName
 from netpol.model.net import Family
-from netpol.model.ruleset import OWN_PREFIX, Hook, Jump, Rule
+from netpol.model.ruleset import Hook, Jump, Rule
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class IptcTables:
 
     Args:
         fallback: does what this driver does not: RestoreTables of the legacy variant, for the same
-            namespace and lock.
+            namespace, lock and owner.
         lock_file: the xtables lock; None takes $XTABLES_LOCKFILE or iptables' own.
         lock_wait_s: how long to wait for another holder of it.
         in_process_rules_max: transactions with more rules than this go through the fallback.
@@ -81,6 +81,7 @@ class IptcTables:
         in_process_rules_max: int = IN_PROCESS_RULES_MAX,
     ) -> None:
         self._fallback = fallback
+        self._owner = fallback.owner
         self._rules_max = in_process_rules_max
         self._lock_wait_s = lock_wait_s
         self._lock_file = lock_file
@@ -111,7 +112,7 @@ class IptcTables:
 
     def apply(self, tx: TableTransaction) -> None:
         """See TableDriver."""
-        lines = transaction_text(tx).splitlines()
+        lines = transaction_text(tx, self._owner).splitlines()
         if sum(len(rules) for rules in tx.replace.values()) > self._rules_max:
             self.delegated += 1
             self._fallback.apply(tx)
@@ -139,12 +140,12 @@ class IptcTables:
         if table not in legacy_tables(family):
             return TableDump()
         chains: dict[ChainName, tuple[Rule, ...]] = {}
-        hooks: dict[Hook, HookState] = {}
+        jumps: dict[Hook, list[ChainName | None]] = {}
         known = {str(hook): hook for hook in Hook}
         names = cache(set_name)
         with _handle(table, family) as handle:
             for name in _chain_names(handle):
-                own = name.startswith(OWN_PREFIX)
+                own = self._owner.owns(name)
                 if not own and name not in known:
                     continue
                 rules = [
@@ -152,14 +153,12 @@ class IptcTables:
                     for entry, target in _entries(handle, name)
                 ]
                 if not own:
-                    jumps = tuple(_plain_jumps(rules))
-                    if jumps:
-                        hooks[known[name]] = HookState(jumps)
+                    jumps[known[name]] = [_plain_jump(rule) for rule in rules]
                 elif any(rule is None for rule in rules):
                     return None
                 else:
                     chains[ChainName(name)] = tuple(rule for rule in rules if rule is not None)
-        return TableDump(chains, hooks)
+        return TableDump(chains, hook_states(jumps, self._owner))
 
     def _counters(self, table: str, family: Family) -> dict[ChainName, Counters]:
         if table not in legacy_tables(family):
@@ -168,7 +167,7 @@ class IptcTables:
             return {
                 ChainName(name): tuple(_rule_counters(handle, name))
                 for name in _chain_names(handle)
-                if name.startswith(OWN_PREFIX)
+                if self._owner.owns(name)
             }
 
     def _apply(self, tx: TableTransaction, lines: list[str]) -> None:
@@ -240,8 +239,8 @@ def _apply_line(handle: Any, family: Family, line: str) -> None:
     match words:
         case ["-A", chain, *rest]:
             handle.append_entry(chain, build_rule(handle, family, rest).rule)
-        case ["-I", chain, "1", *rest]:
-            handle.insert_entry(chain, build_rule(handle, family, rest).rule, 0)
+        case ["-I", chain, place, *rest]:
+            handle.insert_entry(chain, build_rule(handle, family, rest).rule, int(place) - 1)
         case ["-D", chain, *rest]:
             rule = build_rule(handle, family, rest)
             blob = rule.rule  # also computes the offsets that the mask needs
@@ -287,10 +286,10 @@ def _rule_counters(handle: Any, chain: str) -> Iterator[tuple[int, int]]:
         yield entry.counters.pcnt, entry.counters.bcnt
 
 
-def _plain_jumps(rules: list[Rule | None]) -> Iterator[tuple[int, ChainName]]:
-    for position, rule in enumerate(rules, 1):
-        if rule is not None and isinstance(rule.action, Jump) and rule == Rule(rule.action):
-            yield position, rule.action.chain
+def _plain_jump(rule: Rule | None) -> ChainName | None:
+    if rule is not None and isinstance(rule.action, Jump) and rule == Rule(rule.action):
+        return rule.action.chain
+    return None
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

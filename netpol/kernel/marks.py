@@ -14,14 +14,14 @@ from typing import NamedTuple
 from pyroute2 import IPRoute
 
 from netpol.kernel.variant import saved_rules
-from netpol.model.ruleset import OWN_PREFIX
+from netpol.model.ids import OWN_PREFIX
 
 _AF_INET, _AF_INET6 = 2, 10
 _FULL = 0xFFFFFFFF
 #: What writes the mark (xt_MARK, xt_CONNMARK restoring it), as the save tools print it.
 _WRITES = re.compile(
     r"-j (?:MARK --set-xmark (?P<value>0x[0-9a-f]+)(?:/(?P<mask>0x[0-9a-f]+))?"
-    r"|CONNMARK --restore-mark(?: --nfmask (?P<nfmask>0x[0-9a-f]+) --ctmask \S+)?)"
+    r"|CONNMARK --restore-mark(?: --nfmask (?P<zeroed>0x[0-9a-f]+) --ctmask (?P<copied>0x[0-9a-f]+))?)"
 )
 
 
@@ -63,12 +63,27 @@ def iptables_uses(lines: Iterable[str]) -> list[MarkUse]:
         found = _WRITES.search(line)
         if found is None or line.startswith(f"-A {OWN_PREFIX}"):
             continue
-        mask = found["mask"] or found["nfmask"]
-        out.append(MarkUse(int(mask, 16) if mask else _FULL, f"iptables rule {line}"))
+        out.append(MarkUse(_written(found), f"iptables rule {line}"))
     return out
 
 
-def conflict(field_mask: int, uses: Iterable[MarkUse]) -> str | None:
+def _written(found: re.Match[str]) -> int:
+    """The bits that a rule may change: those that it zeroes, and those that it XORs in (xt_mark.c).
+
+    `--set-xmark 0x1/0x0`, which iptables makes of `--xor-mark 0x1`, zeroes none.
+    """
+    if found["value"] is not None:
+        return _number(found["value"]) | (_number(found["mask"]) if found["mask"] else _FULL)
+    if found["zeroed"] is not None:
+        return _number(found["zeroed"]) | _number(found["copied"])
+    return _FULL
+
+
+def _number(text: str) -> int:
+    return int(text, 16)
+
+
+def conflict(field_mask: int, uses: Iterable[MarkUse], *, flag: str = "--mark-mask") -> str | None:
     """Who shares bits with the field, and a mask that nobody does; None when nobody does."""
     uses = list(uses)
     clashes = [u for u in uses if u.mask & field_mask]
@@ -78,7 +93,7 @@ def conflict(field_mask: int, uses: Iterable[MarkUse]) -> str | None:
     for use in uses:
         taken |= use.mask
     free = free_mask(taken, field_mask.bit_count())
-    advice = f"--mark-mask {free:#010x} is free" if free else "no run of bits is free"
+    advice = f"{flag} {free:#010x} is free" if free else "no run of bits is free"
     return f"mark field {field_mask:#010x} overlaps with {clashes[0].what}; {advice}"
 
 

@@ -39,6 +39,7 @@ from netpol.model.ruleset import (
     MapMark,
     MarkMatch,
     PortSpan,
+    Reject,
     Return,
     Rule,
     SameAddress,
@@ -47,6 +48,7 @@ from netpol.model.ruleset import (
     SetMatch,
     SetSpec,
     Side,
+    TcpFlags,
 )
 
 _CHAIN = ChainName("KNP-PROBE")
@@ -55,28 +57,33 @@ _MARK_MASK = 0xFFF00000
 Features = Iterator[tuple[str, Rule]]
 
 
-def missing_features(variant: Variant) -> list[str]:
-    """Say in words what is missing, one phrase each; [] where netpol can work.
+def missing_features(variant: Variant, *, rejects: bool = False) -> dict[Family, list[str]]:
+    """Say in words what each family lacks, one phrase each; those that lack nothing are left out.
+
+    Args:
+        variant: whose tables.
+        rejects: whether denied packets are to be answered.
 
     Raises:
         NoAnswerError: not root.
     """
 
-    def probe() -> list[str]:
+    def probe() -> dict[Family, list[str]]:
         try:
             sets = NetlinkSets(mark_mask=_MARK_MASK)
         except KernelMissingError as e:
-            return [f"ipset in the kernel ({e})"]
+            return {family: [f"ipset in the kernel ({e})"] for family in FAMILIES}
         try:
-            missing = [words for family in FAMILIES for words in _missing_sets(sets, family)]
-            if not missing:
-                tables = RestoreTables(variant)
-                missing = [words for family in FAMILIES for words in _missing_rules(tables, family)]
-            return missing
+            return {f: _missing(f, sets, RestoreTables(variant), rejects=rejects) for f in FAMILIES}
         finally:
             sets.close()
 
-    return in_new_netns(probe)
+    return {family: missing for family, missing in in_new_netns(probe).items() if missing}
+
+
+def _missing(family: Family, sets: NetlinkSets, tables: TableDriver, *, rejects: bool) -> list[str]:
+    missing = list(_missing_sets(sets, family)) or list(_missing_rules(tables, family))
+    return missing or (list(_missing_answers(tables, family)) if rejects else [])
 
 
 def _specs(family: Family) -> dict[str, SetSpec]:
@@ -142,11 +149,29 @@ def _missing_rules(tables: TableDriver, family: Family) -> Iterator[str]:
             yield f"{words} for IPv{family} ({said})"
 
 
-def _refusal(tables: TableDriver, family: Family, rules: tuple[Rule, ...]) -> str | None:
+def _missing_answers(tables: TableDriver, family: Family) -> Iterator[str]:
+    """What filter needs in order to answer."""
+    tcp = IpProtocol(Protocol.TCP)
+    error = "icmp-admin-prohibited" if family is Family.V4 else "icmp6-adm-prohibited"
+    features = {
+        "table filter": Rule(Return()),
+        "target REJECT (ipt_REJECT, ip6t_REJECT)": Rule(Reject(error)),
+        "resets by target REJECT": Rule(Reject("tcp-reset"), (tcp,)),
+        "flags of match tcp": Rule(Drop(), (tcp, TcpFlags(("SYN",), ("SYN",)))),
+    }
+    for words, rule in features.items():
+        said = _refusal(tables, family, (rule,), table="filter")
+        if said is not None:
+            yield f"{words} for IPv{family} in variant {tables.variant} ({said})"
+
+
+def _refusal(
+    tables: TableDriver, family: Family, rules: tuple[Rule, ...], *, table: str = "mangle"
+) -> str | None:
     hooks = {Hook.FORWARD: _CHAIN}
-    state = tables.dump("mangle", family).hooks
-    tx = TableTransaction("mangle", family, {_CHAIN: rules}, hooks=hooks, hook_state=state)
     try:
+        state = tables.dump(table, family).hooks
+        tx = TableTransaction(table, family, {_CHAIN: rules}, hooks=hooks, hook_state=state)
         tables.apply(tx)
     except (TableError, KernelMissingError) as e:
         return e.got or e.what

@@ -17,10 +17,10 @@ from netpol.kernel.rule_text import (
     PROTOCOL_WORDS,
     same_address_program,
 )
-from netpol.model.ids import ChainName, Protocol, SetName
+from netpol.model.ids import OWN_PREFIX, ChainName, Protocol, SetName
 from netpol.model.net import Family, parse_prefix
 from netpol.model.ruleset import (
-    OWN_PREFIX,
+    Accept,
     Action,
     AddrType,
     ConnmarkMatch,
@@ -29,15 +29,18 @@ from netpol.model.ruleset import (
     DstPorts,
     Goto,
     HopLimit,
+    IcmpType,
     Icmpv6Type,
     InInterface,
     IpProtocol,
+    IpvsSends,
     IpvsTakes,
     Jump,
     Limit,
     Log,
     MapMark,
     MarkMatch,
+    Masquerade,
     Match,
     NetMatch,
     PortSpan,
@@ -48,6 +51,7 @@ from netpol.model.ruleset import (
     SetMark,
     SetMatch,
     Side,
+    TcpFlags,
 )
 
 _PROTOCOLS_BY_WORD = {word: protocol for protocol, word in PROTOCOL_WORDS.items()}
@@ -111,6 +115,10 @@ class _Reader:
             raise ValueError("not a form of the model")
 
     def _option(self, word: str, *, negate: bool) -> None:
+        if word == "--ipvs" and self._module == "ipvs":
+            self._refuse(negate)
+            self._matches.append(IpvsSends())
+            return
         value = next(self._words)
         match word:
             case "-s" | "-d":
@@ -121,6 +129,11 @@ class _Reader:
             case "--match-set" if self._module == "set":
                 sides = tuple(Side(side) for side in next(self._words).split(","))
                 self._matches.append(SetMatch(SetName(value), sides, negate))
+                return
+            case "--tcp-flags" if self._module == "tcp":
+                self._refuse(negate)
+                present = next(self._words)
+                self._matches.append(TcpFlags(tuple(value.split(",")), tuple(present.split(","))))
                 return
             case "--mark" if self._module == "mark":
                 self._matches.append(MarkMatch(*_value_and_mask(value), negate))
@@ -133,10 +146,16 @@ class _Reader:
             self._module = value
         elif word == "--comment" and self._module == "comment" and not self._comment:
             self._comment = value
+        elif word == "--ctdir" and self._module == "conntrack":
+            state = self._matches.pop()
+            if not isinstance(state, CtState) or value != "REPLY":
+                raise ValueError(word)
+            self._matches.append(CtState(state.states, replies=True))
         elif word == "--limit-burst" and self._module == "limit":
             last = self._matches.pop()
-            self._refuse(not isinstance(last, Limit))
-            self._matches.append(Limit(last[0], int(value)))  # type: ignore[arg-type]
+            if not isinstance(last, Limit):
+                raise ValueError(word)
+            self._matches.append(Limit(last.per_second, int(value)))
         else:
             self._matches.append(self._plain_match(word, value))
 
@@ -155,6 +174,8 @@ class _Reader:
                 return DstPorts(self._protocol, tuple(_span(part) for part in value.split(",")))
             case "conntrack", "--ctstate":
                 return CtState(tuple(value.split(",")))
+            case "icmp", "--icmp-type":
+                return IcmpType(int(value))
             case "icmp6", "--icmpv6-type":
                 return Icmpv6Type(int(value))
             case "hl", "--hl-eq":
@@ -184,19 +205,25 @@ class _Reader:
                 return Return()
             case "DROP":
                 return Drop()
+            case "ACCEPT":
+                return Accept()
             case "MARK":
                 self._expect("--set-xmark")
                 return SetMark(*_value_and_mask(next(self._words)))
             case "SET":
                 self._expect("--map-set")
-                name, side = SetName(next(self._words)), Side(next(self._words))
+                name, sides = SetName(next(self._words)), next(self._words).split(",")
                 self._expect("--map-mark")
-                return MapMark(name, side)
+                self._refuse(len(sides) > 2)
+                return MapMark(name, *(Side(side) for side in sides))
             case "NFLOG":
                 return self._log()
             case "REJECT":
                 self._expect("--reject-with")
                 return Reject(next(self._words))
+            case "MASQUERADE":
+                self._expect("--random-fully")
+                return Masquerade()
         raise ValueError(target)
 
     def _log(self) -> Log:

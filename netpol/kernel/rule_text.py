@@ -23,6 +23,7 @@ from netpol.model.ruleset import (
     CHAIN_NAME_MAX,
     COMMENT_MAX,
     LOG_PREFIX_MAX,
+    Accept,
     Action,
     AddrType,
     ConnmarkMatch,
@@ -31,15 +32,18 @@ from netpol.model.ruleset import (
     DstPorts,
     Goto,
     HopLimit,
+    IcmpType,
     Icmpv6Type,
     InInterface,
     IpProtocol,
+    IpvsSends,
     IpvsTakes,
     Jump,
     Limit,
     Log,
     MapMark,
     MarkMatch,
+    Masquerade,
     Match,
     NetMatch,
     Reject,
@@ -49,6 +53,7 @@ from netpol.model.ruleset import (
     SetMark,
     SetMatch,
     Side,
+    TcpFlags,
 )
 
 PROTOCOL_WORDS = {
@@ -62,6 +67,8 @@ PORT_MODULES = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "sctp": Protocol.SCTP}
 
 #: The order in which iptables-save prints them.
 CT_STATES = ("INVALID", "NEW", "RELATED", "ESTABLISHED", "UNTRACKED", "SNAT", "DNAT")
+#: The order in which iptables-save prints them; bit by bit as in the header (RFC 9293 section 3.1).
+TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG")
 #: XT_LIMIT_SCALE: `limit` counts in ten-thousandths of a second.
 LIMIT_SCALE = 10_000
 #: What `limit` takes, and does not print, where no burst is given (XT_LIMIT_BURST).
@@ -130,11 +137,18 @@ def _matches_everything(match: Match) -> bool:
 
 def _canonical_match(match: Match) -> Match:
     if isinstance(match, CtState):
-        return CtState(tuple(state for state in CT_STATES if state in match.states))
+        states = tuple(state for state in CT_STATES if state in match.states)
+        return CtState(states, match.replies)
+    if isinstance(match, TcpFlags):
+        return TcpFlags(_in_order(match.looked_at), _in_order(match.present))
     if isinstance(match, Limit):
         kept = LIMIT_SCALE // max(1, LIMIT_SCALE // max(1, match.per_second))
         return Limit(kept, match.burst)
     return match
+
+
+def _in_order(flags: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(flag for flag in TCP_FLAGS if flag in flags)
 
 
 # -- rule to words ------------------------------------------------------------------------------
@@ -202,6 +216,10 @@ def _check_before_rounding(match: Match) -> None:
         unknown = set(match.states) - set(CT_STATES)
         if unknown or not match.states:
             raise ValueError(f"no such conntrack state: {sorted(unknown)}")
+    if isinstance(match, TcpFlags):
+        unknown = {*match.looked_at, *match.present} - set(TCP_FLAGS)
+        if unknown or not match.present or not set(match.present) <= set(match.looked_at):
+            raise ValueError(f"needed flags of TCP, those present among those looked at: {match}")
     if isinstance(match, Limit) and (
         not 1 <= match.per_second <= LIMIT_SCALE or not 1 <= match.burst <= LIMIT_BURST_MAX
     ):
@@ -228,8 +246,18 @@ def _match_words(match: Match, family: Family, protocol: Protocol | None) -> lis
             return ["-p", PROTOCOL_WORDS[match.protocol]]
         case DstPorts():
             return _port_words(match, protocol)
+        case TcpFlags():
+            if protocol is not Protocol.TCP:
+                raise ValueError("flags of TCP need its protocol match in the same rule")
+            looked_at, present = ",".join(match.looked_at), ",".join(match.present)
+            return ["-m", "tcp", "--tcp-flags", looked_at, present]
         case CtState():
-            return ["-m", "conntrack", "--ctstate", ",".join(match.states)]
+            direction = ["--ctdir", "REPLY"] if match.replies else []
+            return ["-m", "conntrack", "--ctstate", ",".join(match.states), *direction]
+        case IcmpType():
+            if protocol is not Protocol.ICMP:
+                raise ValueError("a type of ICMP needs its protocol match in the same rule")
+            return ["-m", "icmp", "--icmp-type", str(match.number)]
         case Icmpv6Type():
             return ["-m", "icmp6", "--icmpv6-type", str(match.number)]
         case HopLimit():
@@ -259,6 +287,8 @@ def _match_words(match: Match, family: Family, protocol: Protocol | None) -> lis
             if match.family is not family:
                 raise ValueError(f"a header of IPv{match.family} in a rule of IPv{family}")
             return ["-m", "bpf", "--bytecode", ipvs_takes_program(family)]
+        case IpvsSends():
+            return ["-m", "ipvs", "--ipvs"]
         case Limit():
             if not 1 <= match.per_second <= LIMIT_SCALE or match.burst < 1:
                 raise ValueError(
@@ -291,6 +321,8 @@ def _action_words(action: Action) -> list[str]:
             return ["-j", "RETURN"]
         case Drop():
             return ["-j", "DROP"]
+        case Accept():
+            return ["-j", "ACCEPT"]
         case Jump():
             check_chain(action.chain)
             return ["-j", action.chain]
@@ -300,13 +332,16 @@ def _action_words(action: Action) -> list[str]:
         case SetMark():
             return ["-j", "MARK", "--set-xmark", f"{action.value:#x}/{action.mask:#x}"]
         case MapMark():
-            return ["-j", "SET", "--map-set", action.name, action.side, "--map-mark"]
+            port = "" if action.port_side is None else f",{action.port_side}"
+            return ["-j", "SET", "--map-set", action.name, f"{action.side}{port}", "--map-mark"]
         case Log():
             _check_text(action.prefix, LOG_PREFIX_MAX, "log prefix")
             prefix = ["--nflog-prefix", action.prefix] if action.prefix else []
             return ["-j", "NFLOG", *prefix, "--nflog-group", str(action.group)]
         case Reject():
             return ["-j", "REJECT", "--reject-with", action.with_]
+        case Masquerade():
+            return ["-j", "MASQUERADE", "--random-fully"]
         case _:
             assert_never(action)
 

@@ -7,12 +7,28 @@ line is then harmless where its effect is there already.
 
 from __future__ import annotations
 
+import errno
 from typing import assert_never
 
-from netpol.kernel.drivers import AddMembers, CreateSet, DeleteMembers, DestroySet, SetTransaction
-from netpol.model.ids import SetName
+from netpol.kernel.drivers import (
+    AddMembers,
+    CreateSet,
+    DeleteMembers,
+    DestroySet,
+    SetError,
+    SetOp,
+    SetTransaction,
+)
+from netpol.model.ids import Owner, SetName
 from netpol.model.net import Family, Prefix, format_address
-from netpol.model.ruleset import SET_NAME_MAX, AddressPort, Member, NetPair, SetSpec
+from netpol.model.ruleset import (
+    SET_NAME_MAX,
+    AddressPort,
+    AddressPortNet,
+    Member,
+    NetPair,
+    SetSpec,
+)
 
 #: The default mark field: 12 bits above everything that kube-proxy and common CNI plugins use.
 DEFAULT_MARK_MASK = 0xFFF00000
@@ -48,6 +64,13 @@ def check_name(name: SetName) -> None:
         raise ValueError(f"{name!r} is not a set name (1 to {SET_NAME_MAX} bytes, no blanks)")
 
 
+def check_owner(op: SetOp, owner: Owner) -> None:
+    """Refuse an operation on another owner's set, or on nobody's of ours; raises SetError."""
+    name = op.name if isinstance(op, DestroySet) else op.spec.name
+    if not owner.owns(name):
+        raise SetError(f"set {name} is not ours to change", name=name, code=errno.EPERM)
+
+
 def member_text(member: Member) -> str:
     """Write a member as `ipset add` takes it and `ipset save` prints it."""
     if isinstance(member, bytes):
@@ -58,6 +81,9 @@ def member_text(member: Member) -> str:
         return f"{format_address(member.address)},{str(member.protocol).lower()}:{member.port}"
     if isinstance(member, NetPair):
         return f"{member_text(member.first)},{member_text(member.second)}"
+    if isinstance(member, AddressPortNet):
+        head = AddressPort(member.address, member.protocol, member.port)
+        return f"{member_text(head)},{member_text(member.net)}"
     assert_never(member)
 
 

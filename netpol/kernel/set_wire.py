@@ -24,7 +24,7 @@ from netpol.kernel.netlink import (
 )
 from netpol.model.ids import PROTOCOL_NUMBERS, Protocol
 from netpol.model.net import Family, Prefix
-from netpol.model.ruleset import AddressPort, Member, NetPair, SetKind
+from netpol.model.ruleset import AddressPort, AddressPortNet, Member, NetPair, SetKind
 
 NFNL_SUBSYS_IPSET = 6
 #: The protocol version spoken; every kernel since 2.6.39 takes 6.
@@ -85,13 +85,16 @@ def _encode_member(member: Member) -> bytes:
         return _address(_IP, member)
     if isinstance(member, Prefix):
         return _address(_IP, member.address) + _cidr(_CIDR, member.length)
-    if isinstance(member, AddressPort):
+    if isinstance(member, AddressPort | AddressPortNet):
         number = PROTOCOL_NUMBERS.get(member.protocol)
-        return (
+        head = (
             _address(_IP, member.address)
             + _SHORT.pack(6, _PORT | NLA_F_NET_BYTEORDER, member.port.to_bytes(2, "big"))
             + _BYTE.pack(5, _PROTO, int(member.protocol) if number is None else number)
         )
+        if isinstance(member, AddressPort):
+            return head
+        return head + _address(_IP2, member.net.address) + _cidr(_CIDR2, member.net.length)
     return (
         _address(_IP, member.first.address)
         + _address(_IP2, member.second.address)
@@ -269,12 +272,16 @@ def _decode_net(values: dict[int, memoryview]) -> Member:
     return _prefix(values[_IP], values.get(_CIDR))
 
 
-def _decode_ip_port(values: dict[int, memoryview]) -> Member:
+def _decode_ip_port(values: dict[int, memoryview]) -> AddressPort:
     # A foreign entry may have a protocol that the model does not name: its bare number equals no
     # wanted member, and _encode_member can still delete it.
     number = values[_PROTO][0]
     protocol = _PROTOCOLS_BY_NUMBER.get(number) or cast("Protocol", number)
     return AddressPort(_packed(values[_IP]), protocol, int.from_bytes(values[_PORT], "big"))
+
+
+def _decode_ip_port_net(values: dict[int, memoryview]) -> Member:
+    return AddressPortNet(*_decode_ip_port(values), _prefix(values[_IP2], values.get(_CIDR2)))
 
 
 def _decode_net_net(values: dict[int, memoryview]) -> Member:
@@ -321,4 +328,5 @@ _DECODERS: dict[str, Callable[[dict[int, memoryview]], Member]] = {
     SetKind.HASH_NET: _decode_net,
     SetKind.HASH_IP_PORT: _decode_ip_port,
     SetKind.HASH_NET_NET: _decode_net_net,
+    SetKind.HASH_IP_PORT_NET: _decode_ip_port_net,
 }

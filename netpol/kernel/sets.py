@@ -36,6 +36,7 @@ from netpol.kernel.drivers import (
 from netpol.kernel.set_text import (
     DEFAULT_MARK_MASK,
     check_name,
+    check_owner,
     hashsize_for,
     maxelem_for,
     member_text,
@@ -43,8 +44,8 @@ from netpol.kernel.set_text import (
 )
 from netpol.kernel.set_wire import RawSet
 from netpol.lib.errors import KernelError, KernelMissingError, NetpolError, NoAnswerError
-from netpol.model.ids import SetName
-from netpol.model.ruleset import OWN_PREFIX, Member, SetKind, SetSpec
+from netpol.model.ids import POLICY, Owner, SetName
+from netpol.model.ruleset import Member, SetKind, SetSpec
 
 __all__ = ["NetlinkSets", "restore_text"]
 
@@ -86,14 +87,16 @@ class NetlinkSets:
 
     Args:
         mark_mask: the mark field; the mask that members' marks are stored with.
+        owner: whose sets this driver sees and touches.
 
     Raises:
         KernelMissingError: the kernel has no ipset.
         NoAnswerError: not root.
     """
 
-    def __init__(self, *, mark_mask: int = DEFAULT_MARK_MASK) -> None:
+    def __init__(self, *, mark_mask: int = DEFAULT_MARK_MASK, owner: Owner = POLICY) -> None:
         self._mark_mask = mark_mask
+        self._owner = owner
         self._seq = FIRST_SEQ
         self._closed = False
         self._lock = threading.Lock()
@@ -145,6 +148,7 @@ class NetlinkSets:
             self._apply_one(op)
 
     def _apply_one(self, op: SetOp) -> None:
+        check_owner(op, self._owner)
         if isinstance(op, CreateSet):
             self._create(op)
         elif isinstance(op, AddMembers):
@@ -210,7 +214,7 @@ class NetlinkSets:
         return {
             raw.name: raw
             for raw in self._list(None, headers_only=True)
-            if raw.name.startswith(OWN_PREFIX)
+            if self._owner.owns(raw.name)
         }
 
     def _dump(self, names: Sequence[SetName] | None) -> dict[SetName, SetDump]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 from pathlib import Path
 
+from netpol.kernel.modules import load_module
+
 _ROOT = Path("/proc/sys")
-_MODPROBE_S = 10.0
 
 #: Whether bridged packets pass iptables at all (br_netfilter); at 0 pods of one node meet no policy.
 BRIDGE_NF_KEYS = (
@@ -43,18 +42,10 @@ def keep_bridge_nf(*, root: Path = _ROOT) -> list[str]:
     a fault. Only for nodes whose pods are behind a bridge.
     """
     if read_sysctl(BRIDGE_NF_KEYS[0], root=root) is None:
-        _load_br_netfilter()
+        load_module("br_netfilter")
     faults = [f for key in BRIDGE_NF_KEYS if (f := keep_sysctl(key, "1", root=root)) is not None]
     if read_sysctl(BRIDGE_NF_KEYS[0], root=root) is None:
         faults.append(
             "the kernel has no br_netfilter (modprobe br_netfilter): pods of one bridge meet no policy"
         )
     return faults
-
-
-def _load_br_netfilter() -> None:
-    """Try to; whether it worked is told by the keys."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(
-            ["modprobe", "br_netfilter"], check=False, capture_output=True, timeout=_MODPROBE_S
-        )

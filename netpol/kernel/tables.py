@@ -23,9 +23,15 @@ from typing import TypeVar
 from netpol.kernel.drivers import TableDump, TableError, TableTransaction, Variant
 from netpol.kernel.netns import in_netns
 from netpol.kernel.nft_generation import generation
-from netpol.kernel.table_text import Counters, parse_counters, parse_save, transaction_text
+from netpol.kernel.table_text import (
+    Counters,
+    parse_counters,
+    parse_save,
+    transaction_text,
+    without_others,
+)
 from netpol.lib.errors import KernelMissingError, NetpolError, NoAnswerError
-from netpol.model.ids import ChainName
+from netpol.model.ids import POLICY, ChainName, Owner
 from netpol.model.net import Family
 
 __all__ = ["RestoreTables", "transaction_text"]
@@ -64,6 +70,7 @@ class RestoreTables:
         netns: the network namespace (name or path) to run them in; None is the caller's.
         lock_file: the xtables lock; None leaves $XTABLES_LOCKFILE or the tool's default.
         lock_wait_s: how long to wait for another holder of it (legacy).
+        owner: whose chains and jumps this driver sees and touches.
     """
 
     def __init__(
@@ -73,8 +80,10 @@ class RestoreTables:
         netns: str | None = None,
         lock_file: str | None = None,
         lock_wait_s: int = LOCK_WAIT_S,
+        owner: Owner = POLICY,
     ) -> None:
         self.variant = variant
+        self.owner = owner
         self._netns = netns
         self._wait = ["--wait", str(lock_wait_s)]
         self._fingerprints: dict[tuple[str, Family], tuple[int, str]] = {}
@@ -84,7 +93,7 @@ class RestoreTables:
 
     def dump(self, table: str, family: Family) -> TableDump:
         """See TableDriver."""
-        return parse_save(self.save_text(table, family))
+        return parse_save(self.save_text(table, family), self.owner)
 
     def fingerprint(self, table: str, family: Family) -> str:
         """See TableDriver. Where nf_tables has made no transaction since, the last answer holds."""
@@ -99,24 +108,27 @@ class RestoreTables:
         return found
 
     def _fingerprint(self, table: str, family: Family) -> str:
-        chains, mark, rules = self.save_text(table, family).partition("\n-A ")
+        # Chains of rooms that are excluded are no change: each would cost the owner a dump. What else
+        # other rooms and programs do in the table is one, which a dump then finds to be none of ours.
+        saved = without_others(self.save_text(table, family), self.owner)
+        chains, mark, rules = saved.partition("\n-A ")
         text = _VOLATILE.sub("", chains) + mark + rules.rpartition("\nCOMMIT")[0]
         return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def counters(self, table: str, family: Family) -> dict[ChainName, Counters]:
         """See TableDriver."""
-        return parse_counters(self.save_text(table, family, counters=True))
+        return parse_counters(self.save_text(table, family, counters=True), self.owner)
 
     def apply(self, tx: TableTransaction) -> None:
         """See TableDriver."""
-        text = transaction_text(tx)
+        text = transaction_text(tx, self.owner)
         done = self._run(tx.family, "restore", ["--noflush", *self._wait], stdin=text)
         if done.returncode != 0:
             raise refusal(tx, text=text, code=done.returncode, stderr=done.stderr)
 
     def check(self, tx: TableTransaction) -> None:
         """Have the tool read a transaction without committing it; raises TableError."""
-        text = transaction_text(tx)
+        text = transaction_text(tx, self.owner)
         args = ["--noflush", "--test", *self._wait]
         done = self._run(tx.family, "restore", args, stdin=text)
         if done.returncode != 0:

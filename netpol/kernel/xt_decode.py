@@ -9,34 +9,25 @@ linux/netfilter_ipv{4,6}/ip{,6}_tables.h). What is not exactly a form of the mod
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
-from netpol.kernel.rule_parse import parse_bytecode
-from netpol.kernel.rule_text import CT_STATES, LIMIT_SCALE
-from netpol.model.ids import PROTOCOL_NUMBERS, ChainName, Protocol, SetName
+from netpol.kernel.xt_matches import MATCHES, ForeignError, multiport, require
+from netpol.model.ids import OWN_PREFIX, PROTOCOL_NUMBERS, ChainName, Protocol, SetName
 from netpol.model.net import Family, Prefix
 from netpol.model.ruleset import (
-    OWN_PREFIX,
+    Accept,
     Action,
-    AddrType,
-    ConnmarkMatch,
-    CtState,
     Drop,
-    DstPorts,
     Goto,
-    HopLimit,
-    Icmpv6Type,
     InInterface,
     IpProtocol,
     Jump,
-    Limit,
     Log,
     MapMark,
-    MarkMatch,
+    Masquerade,
     Match,
     NetMatch,
-    PortSpan,
     Reject,
     Return,
     Rule,
@@ -54,21 +45,8 @@ _FLAG_GOTO = {Family.V4: 0x02, Family.V6: 0x04}
 #: IP6T_F_PROTO: the tool sets it with `-p`; it says nothing more.
 _FLAG_PROTO6 = 0x01
 _INVERT_SRC, _INVERT_DST = 0x08, 0x10
-_ANY_PORTS = (0, 0xFFFF)
 
 _PROTOCOLS = {number: protocol for protocol, number in PROTOCOL_NUMBERS.items()}
-#: XT_CONNTRACK_STATE_*, bit by bit.
-_STATE_BITS = {
-    "INVALID": 0,
-    "ESTABLISHED": 1,
-    "RELATED": 2,
-    "NEW": 3,
-    "SNAT": 6,
-    "DNAT": 7,
-    "UNTRACKED": 8,
-}
-#: RTN_* by bit of xt_addrtype_info_v1.
-_ADDRESS_TYPES = {1: "UNICAST", 2: "LOCAL", 3: "BROADCAST", 4: "ANYCAST", 5: "MULTICAST"}
 #: ipt_reject_with, ip6t_reject_with.
 _REJECTS = {
     Family.V4: {
@@ -95,15 +73,6 @@ _REJECTS = {
 _NO_SET, _SET_INVERT, _SET_MAP_MARK = 0xFFFF, 0x01, 1 << 8
 
 
-class _ForeignError(Exception):
-    """Something that the model cannot say."""
-
-
-def _require(condition: object) -> None:
-    if not condition:
-        raise _ForeignError
-
-
 class _Base(NamedTuple):
     """The part of a rule that every rule has."""
 
@@ -125,7 +94,7 @@ def decode_rule(
     """
     try:
         return _decode(entry, family, target, set_names)
-    except (_ForeignError, struct.error, UnicodeDecodeError):
+    except (ForeignError, struct.error, UnicodeDecodeError):
         return None
 
 
@@ -139,17 +108,17 @@ def _decode(entry: bytes, family: Family, target: str, set_names: Callable[[int]
         name, revision, data, size = _extension(entry, at)
         at += size
         if (name, revision) == ("comment", 0):
-            _require(not comment)
+            require(not comment)
             comment = data.split(b"\0", 1)[0].decode()
         elif name == "set":
             matches.append(_set_match(data, revision, set_names))
         elif name == "multiport":
-            _require(revision == 1 and base.protocol)
-            matches.append(_multiport(data, base.protocol or Protocol.TCP))
+            require(revision == 1 and base.protocol)
+            matches.append(multiport(data, base.protocol or Protocol.TCP))
         else:
-            decode = _MATCHES.get((name, revision))
+            decode = MATCHES.get((name, revision))
             if decode is None:
-                raise _ForeignError
+                raise ForeignError
             matches.append(decode(data))
     name, revision, data, _ = _extension(entry, target_at)
     if name:
@@ -162,7 +131,7 @@ def _decode(entry: bytes, family: Family, target: str, set_names: Callable[[int]
 def _extension(entry: bytes, at: int) -> tuple[str, int, bytes, int]:
     """Name, revision, data and size of the match or target that starts here."""
     size, name, revision = struct.unpack_from("=H29sB", entry, at)
-    _require(size >= 32)
+    require(size >= 32)
     return name.split(b"\0", 1)[0].decode(), revision, entry[at + 32 : at + size], size
 
 
@@ -178,12 +147,12 @@ def _base(entry: bytes, family: Family) -> _Base:
         number, flags, inverted = struct.unpack_from("=HBB", entry, at)
     else:
         number, tos, flags, inverted = struct.unpack_from("=HBBB", entry, at)
-        _require(tos == 0)
+        require(tos == 0)
         flags &= ~_FLAG_PROTO6
     goto = bool(flags & _FLAG_GOTO[family])
-    _require(flags & ~_FLAG_GOTO[family] == 0)
-    _require(inverted & ~(_INVERT_SRC | _INVERT_DST) == 0)
-    _require(not any(out_mask) and not any(out_name))
+    require(flags & ~_FLAG_GOTO[family] == 0)
+    require(inverted & ~(_INVERT_SRC | _INVERT_DST) == 0)
+    require(not any(out_mask) and not any(out_name))
     matches: list[Match] = []
     for side, address, mask, bit in (
         (Side.SRC, src, src_mask, _INVERT_SRC),
@@ -197,7 +166,7 @@ def _base(entry: bytes, family: Family) -> _Base:
     protocol = None
     if number:
         protocol = _PROTOCOLS.get(number)
-        _require(protocol)
+        require(protocol)
         matches.append(IpProtocol(protocol or Protocol.TCP))
     return _Base(tuple(matches), protocol, goto)
 
@@ -205,127 +174,15 @@ def _base(entry: bytes, family: Family) -> _Base:
 def _length(mask: bytes) -> int:
     bits = len(mask) * 8
     inverse = int.from_bytes(mask, "big") ^ ((1 << bits) - 1)
-    _require(inverse & (inverse + 1) == 0)
+    require(inverse & (inverse + 1) == 0)
     return bits - inverse.bit_length()
 
 
 def _interface(name: bytes, mask: bytes) -> str:
     text = name.split(b"\0", 1)[0].decode()
-    # A mask over the NUL too is the whole name; without it, a prefix.
-    return text if len(mask.rstrip(b"\0")) > len(text) else f"{text}+"
-
-
-def _dst_ports(protocol: Protocol, first: int, last: int) -> DstPorts:
-    return DstPorts(protocol, (PortSpan(first, last),))
-
-
-def _tcp(data: bytes) -> Match:
-    *ports, option, flag_mask, flag_compare, inverted = struct.unpack_from("=4H4B", data)
-    _require((ports[0], ports[1]) == _ANY_PORTS)
-    _require(not (option or flag_mask or flag_compare or inverted))
-    return _dst_ports(Protocol.TCP, ports[2], ports[3])
-
-
-def _udp(data: bytes) -> Match:
-    *ports, inverted = struct.unpack_from("=4HB", data)
-    _require((ports[0], ports[1]) == _ANY_PORTS and not inverted)
-    return _dst_ports(Protocol.UDP, ports[2], ports[3])
-
-
-def _sctp(data: bytes) -> Match:
-    first, last = struct.unpack_from("=HH", data)
-    flags, inverted = struct.unpack_from("=II", data, 284)
-    _require(flags == 2 and not inverted)  # XT_SCTP_DEST_PORTS alone
-    return _dst_ports(Protocol.SCTP, first, last)
-
-
-def _multiport(data: bytes, protocol: Protocol) -> Match:
-    kind, count, *rest = struct.unpack_from("=BB15H15BB", data)
-    ports, starts, inverted = rest[:15], rest[15:30], rest[30]
-    _require(kind == 1 and not inverted and 1 < count <= 15)  # XT_MULTIPORT_DESTINATION
-    spans: list[PortSpan] = []
-    at = 0
-    while at < count:
-        width = 2 if starts[at] else 1
-        spans.append(PortSpan(ports[at], ports[at + width - 1]))
-        at += width
-    _require(len(spans) > 1)
-    return DstPorts(protocol, tuple(spans))
-
-
-def _conntrack(data: bytes) -> Match:
-    match_flags, invert_flags, mask = struct.unpack_from("=HHH", data, 146)
-    _require(match_flags == 1 and invert_flags == 0)  # XT_CONNTRACK_STATE
-    states = tuple(state for state in CT_STATES if mask & 1 << _STATE_BITS[state])
-    _require(sum(1 << _STATE_BITS[state] for state in states) == mask)
-    return CtState(states)
-
-
-def _icmp6(data: bytes) -> Match:
-    kind, low, high, inverted = struct.unpack_from("=4B", data)
-    _require((low, high) == (0, 0xFF) and not inverted)
-    return Icmpv6Type(kind)
-
-
-def _hop_limit(data: bytes) -> Match:
-    mode, value = struct.unpack_from("=BB", data)
-    _require(mode == 0)  # IP6T_HL_EQ
-    return HopLimit(value)
-
-
-def _mark(data: bytes) -> Match:
-    return MarkMatch(*_masked(data))
-
-
-def _connmark(data: bytes) -> Match:
-    return ConnmarkMatch(*_masked(data))
-
-
-def _masked(data: bytes) -> tuple[int, int, bool]:
-    value, mask, inverted = struct.unpack_from("=IIB", data)
-    return value, mask, bool(inverted)
-
-
-def _addrtype(data: bytes) -> Match:
-    source, destination, flags = struct.unpack_from("=HHI", data)
-    _require(flags == 0 and bool(source) != bool(destination))
-    side, mask = (Side.SRC, source) if source else (Side.DST, destination)
-    kind = _ADDRESS_TYPES.get(mask.bit_length() - 1)
-    _require(mask & (mask - 1) == 0 and kind)
-    return AddrType(side, kind or "")
-
-
-def _limit(data: bytes) -> Match:
-    period, burst = struct.unpack_from("=II", data)
-    _require(1 <= period <= LIMIT_SCALE)
-    return Limit(LIMIT_SCALE // period, burst)
-
-
-def _bpf(data: bytes) -> Match:
-    mode, count = struct.unpack_from("=HH", data)
-    _require(mode == 0 and count <= 64)  # XT_BPF_MODE_BYTECODE, XT_BPF_MAX_NUM_INSTR
-    steps = [struct.unpack_from("=HBBI", data, 8 + 8 * n) for n in range(count)]
-    text = ",".join([str(count), *(" ".join(str(word) for word in step) for step in steps)])
-    found = parse_bytecode(text)
-    if found is None:
-        raise _ForeignError
-    return found
-
-
-_MATCHES: Mapping[tuple[str, int], Callable[[bytes], Match]] = {
-    ("tcp", 0): _tcp,
-    ("udp", 0): _udp,
-    ("sctp", 0): _sctp,
-    ("conntrack", 2): _conntrack,
-    ("conntrack", 3): _conntrack,
-    ("icmp6", 0): _icmp6,
-    ("hl", 0): _hop_limit,
-    ("mark", 1): _mark,
-    ("connmark", 1): _connmark,
-    ("addrtype", 1): _addrtype,
-    ("limit", 0): _limit,
-    ("bpf", 1): _bpf,
-}
+    # A mask over the NUL too is the whole name; without it, a prefix, behind which some tools leave the +.
+    length = len(mask.rstrip(b"\0"))
+    return text if length > len(text) else f"{text[:length]}+"
 
 
 def _set_info(data: bytes, at: int) -> tuple[int, tuple[Side, ...], int]:
@@ -336,9 +193,9 @@ def _set_info(data: bytes, at: int) -> tuple[int, tuple[Side, ...], int]:
 
 
 def _set_match(data: bytes, revision: int, set_names: Callable[[int], SetName]) -> Match:
-    _require(1 <= revision <= 4)
+    require(1 <= revision <= 4)
     index, sides, flags = _set_info(data, 0)
-    _require(flags & ~_SET_INVERT == 0 and sides and not any(data[4:]))
+    require(flags & ~_SET_INVERT == 0 and sides and not any(data[4:]))
     return SetMatch(set_names(index), sides, bool(flags & _SET_INVERT))
 
 
@@ -348,8 +205,8 @@ def _standard(target: str, *, goto: bool) -> Action:
         return Goto(chain) if goto else Jump(chain)
     if target == "RETURN":
         return Return()
-    _require(target == "DROP")
-    return Drop()
+    require(target in ("ACCEPT", "DROP"))
+    return Accept() if target == "ACCEPT" else Drop()
 
 
 def _extended(
@@ -363,19 +220,32 @@ def _extended(
             return _map_mark(data, set_names)
         case "NFLOG", 0:
             length, group, threshold, flags = struct.unpack_from("=IHHH", data)
-            _require(length == 0 and threshold <= 1 and flags & ~1 == 0)
+            require(length == 0 and threshold <= 1 and flags & ~1 == 0)
             return Log(group, data[12:76].split(b"\0", 1)[0].decode())
         case "REJECT", 0:
             reason = _REJECTS[family].get(struct.unpack_from("=I", data)[0])
-            _require(reason)
+            require(reason)
             return Reject(reason or "")
-    raise _ForeignError
+        case "MASQUERADE", 0:
+            return _masquerade(data, family)
+    raise ForeignError
+
+
+def _masquerade(data: bytes, family: Family) -> Action:
+    # struct nf_nat_ipv4_multi_range_compat: how many ranges, then one; nf_nat_range. Flags first.
+    if family is Family.V4:
+        require(struct.unpack_from("=I", data)[0] == 1)
+        data = data[4:]
+    flags = struct.unpack_from("=I", data)[0]
+    # NF_NAT_RANGE_PROTO_RANDOM_FULLY alone: no addresses and no ports.
+    require(flags == 1 << 4)
+    return Masquerade()
 
 
 def _map_mark(data: bytes, set_names: Callable[[int], SetName]) -> Action:
     added, deleted = (struct.unpack_from("=H", data, at)[0] for at in (0, 4))
     index, sides, flags = _set_info(data, 8)
     operation = struct.unpack_from("=I", data, 12)[0]
-    _require(added == deleted == _NO_SET and operation == _SET_MAP_MARK)
-    _require(len(sides) == 1 and flags == 0)
-    return MapMark(set_names(index), sides[0])
+    require(added == deleted == _NO_SET and operation == _SET_MAP_MARK)
+    require(1 <= len(sides) <= 2 and flags == 0)
+    return MapMark(set_names(index), *sides)

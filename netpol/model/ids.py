@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, NewType
 
@@ -50,3 +51,38 @@ PORT_MAX = 65535
 
 ChainName = NewType("ChainName", str)
 SetName = NewType("SetName", str)
+
+#: Everything that is ours starts with this.
+OWN_PREFIX = "KNP-"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A room of ours, by the names of its chains and sets: it sees and touches no others.
+
+    Attributes:
+        prefix: what its names start with.
+        excluding: longer prefixes, of rooms that have names under `prefix` of their own.
+        behind: whose jumps come first where both are in one hook.
+    """
+
+    prefix: str
+    excluding: tuple[str, ...] = ()
+    behind: tuple[Owner, ...] = ()
+
+    def owns(self, name: str) -> bool:
+        """Whether a chain or set is this room's."""
+        return name.startswith(self.prefix) and not name.startswith(self.excluding)
+
+    def yields_to(self, name: str) -> bool:
+        """Whether a chain is of a room whose jumps come first."""
+        return any(owner.owns(name) for owner in self.behind)
+
+
+_SERVICES, _ROUTES = f"{OWN_PREFIX}SVC-", f"{OWN_PREFIX}RT-"
+#: Its verdicts come first everywhere.
+POLICY = Owner(OWN_PREFIX, excluding=(_SERVICES, _ROUTES))
+SERVICES = Owner(_SERVICES, behind=(POLICY,))
+ROUTES = Owner(_ROUTES, behind=(POLICY, SERVICES))
+#: All rooms at once, for who removes everything.
+EVERYBODY = Owner(OWN_PREFIX)

@@ -31,7 +31,7 @@ class Endpoint(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     `addresses` are packed, first the primary one, as status.podIPs. `ports` hold those of the
     containers and of restartable init containers. `created` is the creation time as the API writes it
-    (RFC 3339, sorts as text).
+    (RFC 3339, sorts as text). `masquerade` is the annotation of that name, None where it is absent.
     """
 
     key: ObjectKey
@@ -44,6 +44,7 @@ class Endpoint(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     host_network: bool = False
     terminating: bool = False
     created: str = ""
+    masquerade: bool | None = None
 
     @property
     def live(self) -> bool:
@@ -57,11 +58,15 @@ class Endpoint(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Namespace(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """A Namespace: name, uid and labels (kubernetes.io/metadata.name always among them)."""
+    """A Namespace: name, uid and labels (kubernetes.io/metadata.name always among them).
+
+    `masquerade` is the annotation of that name, for its pods that have none.
+    """
 
     name: str
     uid: str = ""
     labels: Labels = ()
+    masquerade: bool | None = None
 
 
 #: The label that says where a node is (core/v1 LabelTopologyZone).
@@ -71,7 +76,8 @@ ZONE_LABEL = "topology.kubernetes.io/zone"
 class Node(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """A Node: its addresses (InternalIP first, then ExternalIP) and podCIDRs.
 
-    `annotations` are those under ANNOTATION_PREFIXES; `created` as in `Endpoint`.
+    `annotations` are those under ANNOTATION_PREFIXES; `created` as in `Endpoint`. One that is `leaving` is
+    being deleted, or the cluster's autoscaler is about to.
     """
 
     name: str
@@ -81,6 +87,7 @@ class Node(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     pod_cidrs: tuple[Prefix, ...] = ()
     annotations: Labels = ()
     created: str = ""
+    leaving: bool = False
 
     @property
     def zone(self) -> str:

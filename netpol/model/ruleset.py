@@ -14,8 +14,6 @@ from typing import NamedTuple
 from netpol.model.ids import ChainName, Protocol, SetName
 from netpol.model.net import Family, Prefix
 
-#: Everything that is ours starts with this.
-OWN_PREFIX = "KNP-"
 #: Longest chain name that both iptables variants take (XT_EXTENSION_MAXNAMELEN - 1).
 CHAIN_NAME_MAX = 28
 #: Longest set name (IPSET_MAXNAMELEN - 1).
@@ -36,6 +34,7 @@ class SetKind(StrEnum):
     HASH_NET = "hash:net"
     HASH_IP_PORT = "hash:ip,port"
     HASH_NET_NET = "hash:net,net"
+    HASH_IP_PORT_NET = "hash:ip,port,net"
 
 
 class AddressPort(NamedTuple):
@@ -53,8 +52,17 @@ class NetPair(NamedTuple):
     second: Prefix
 
 
+class AddressPortNet(NamedTuple):
+    """A member of hash:ip,port,net."""
+
+    address: bytes
+    protocol: Protocol
+    port: int
+    net: Prefix
+
+
 #: hash:ip holds packed addresses, hash:net prefixes (length at least 1: the kernel refuses /0).
-Member = bytes | Prefix | AddressPort | NetPair
+Member = bytes | Prefix | AddressPort | NetPair | AddressPortNet
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,8 @@ class Hook(StrEnum):
     FORWARD = "FORWARD"
     INPUT = "INPUT"
     OUTPUT = "OUTPUT"
+    POSTROUTING = "POSTROUTING"
+    PREROUTING = "PREROUTING"
 
 
 class Side(StrEnum):
@@ -114,6 +124,13 @@ class DstPorts(NamedTuple):
     spans: tuple[PortSpan, ...]
 
 
+class TcpFlags(NamedTuple):
+    """`--tcp-flags LOOKED_AT SET`, upper-case names; the match of TCP stands before it."""
+
+    looked_at: tuple[str, ...]
+    present: tuple[str, ...]
+
+
 class InInterface(NamedTuple):
     """`-i`; a trailing + is a wildcard."""
 
@@ -129,9 +146,16 @@ class NetMatch(NamedTuple):
 
 
 class CtState(NamedTuple):
-    """`-m conntrack --ctstate`, upper-case names."""
+    """`-m conntrack --ctstate`, upper-case names; with `replies` only packets that answer (`--ctdir`)."""
 
     states: tuple[str, ...]
+    replies: bool = False
+
+
+class IcmpType(NamedTuple):
+    """`--icmp-type NUMBER`, of any code; the protocol match stands before it."""
+
+    number: int
 
 
 class Icmpv6Type(NamedTuple):
@@ -192,6 +216,10 @@ class IpvsTakes(NamedTuple):
     family: Family
 
 
+class IpvsSends(NamedTuple):
+    """`-m ipvs --ipvs`: the packet is one that IPVS sends on, to a backend or back."""
+
+
 class Limit(NamedTuple):
     """`-m limit --limit N/sec --limit-burst B`."""
 
@@ -202,9 +230,11 @@ class Limit(NamedTuple):
 Match = (
     IpProtocol
     | DstPorts
+    | TcpFlags
     | InInterface
     | NetMatch
     | CtState
+    | IcmpType
     | Icmpv6Type
     | HopLimit
     | SetMatch
@@ -213,6 +243,7 @@ Match = (
     | AddrType
     | SameAddress
     | IpvsTakes
+    | IpvsSends
     | Limit
 )
 
@@ -223,6 +254,10 @@ class Return(NamedTuple):
 
 class Drop(NamedTuple):
     """`-j DROP`."""
+
+
+class Accept(NamedTuple):
+    """`-j ACCEPT`: the packet leaves this table's hook, and meets the next table's."""
 
 
 class Jump(NamedTuple):
@@ -245,10 +280,14 @@ class SetMark(NamedTuple):
 
 
 class MapMark(NamedTuple):
-    """`-j SET --map-set NAME src|dst --map-mark`: the member's mark; without a member, no change."""
+    """`-j SET --map-set NAME src|dst[,..] --map-mark`: the member's mark; without one, no change.
+
+    `port_side` says which port, of a set of addresses and ports.
+    """
 
     name: SetName
     side: Side
+    port_side: Side | None = None
 
 
 class Log(NamedTuple):
@@ -259,13 +298,20 @@ class Log(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """`-j REJECT` with the family's administratively-prohibited error (TCP: reset)."""
+    """`-j REJECT --reject-with WITH`: drops, and tells the sender. Only in filter."""
 
     with_: str
 
 
+class Masquerade(NamedTuple):
+    """`-j MASQUERADE --random-fully`: the source becomes this node. Only in nat's POSTROUTING.
+
+    Ports are picked at random, since connections that begin at once would otherwise race for one.
+    """
+
+
 # NamedTuples of equal contents compare equal across classes; Rule compares the classes too.
-Action = Return | Drop | Jump | Goto | SetMark | MapMark | Log | Reject
+Action = Return | Drop | Accept | Jump | Goto | SetMark | MapMark | Log | Reject | Masquerade
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,11 @@ from netpol.model.ruleset import (
     Side,
 )
 from netpol.policy.graph import ClassKey, LocalPod
-from netpol.render import names
+from netpol.render import names, reject
 from netpol.render.logprefix import DropReason, LogPrefix
 from netpol.render.options import FIRST_CLASS, NONE, OPEN, OVERFLOW, UNKNOWN, RenderOptions
 from netpol.render.policies import comment_of
-from netpol.render.static import deny
+from netpol.render.static import deny, log
 
 #: RFC 919 section 7: every host of the link, and no other.
 _LIMITED_BROADCAST = b"\xff\xff\xff\xff"
@@ -47,7 +47,11 @@ def class_rules(key: ClassKey, options: RenderOptions, family: Family) -> Chain:
         out += [Rule(Jump(chain), (), comment_of(policy.key)), allowed]
     # A pod that reaches itself through a Service (the backend was chosen before this hook).
     out.append(Rule(Goto(names.OK), (SameAddress(family),)))
-    out += deny(LogPrefix(DropReason.DENIED, key.direction, names.class_id(key)), options)
+    prefix = LogPrefix(DropReason.DENIED, key.direction, names.class_id(key))
+    if options.rejects:
+        out += [log(prefix, options), reject.mark_denied(options)]
+    else:
+        out += deny(prefix, options)
     return tuple(out)
 
 

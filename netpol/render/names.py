@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 from netpol.lib.naming import digest
-from netpol.model.ids import ChainName, Direction, SetName
+from netpol.model.ids import OWN_PREFIX, ChainName, Direction, SetName
 from netpol.model.labels import Selector
 from netpol.model.net import Family, Prefix
 from netpol.model.policy import PodPeer
-from netpol.model.ruleset import OWN_PREFIX, Hook
+from netpol.model.ruleset import Hook
 from netpol.policy.graph import ClassKey, PolicyId
 from netpol.policy.members import LocalPods, PortSet, SetKey
 
@@ -33,6 +33,8 @@ def _set(tail: str) -> SetName:
 
 OK = _chain("OK")
 SPOOFED = _chain("SPOOFED")
+#: In the filter table: where denied packets are answered, of FORWARD and of OUTPUT.
+REJECT, REJECT_OUTPUT = _chain("REJECT"), _chain("REJECT-OUT")
 
 
 def hook_chain(hook: Hook) -> ChainName:
@@ -48,6 +50,12 @@ def held_chain(direction: Direction) -> ChainName:
 def tree_chain(direction: Direction, path: str = "") -> ChainName:
     """A node of the dispatch tree: the root, or the one for leading digits of the number."""
     return _chain(f"TREE-{_LETTER[direction]}{'-' + path if path else ''}")
+
+
+def is_tree_chain(name: ChainName) -> bool:
+    """Whether a chain is a node of a dispatch tree."""
+    roots = [tree_chain(d) for d in Direction]
+    return name in roots or name.startswith(tuple(f"{root}-" for root in roots))
 
 
 def overflow_chain(direction: Direction) -> ChainName:
@@ -131,3 +139,9 @@ def overflow_set(key: ClassKey, family: Family) -> SetName:
 def is_overflow_set(name: SetName) -> bool:
     """Whether a set is the address set of some overflow class."""
     return name.startswith((f"{OWN_PREFIX}OI", f"{OWN_PREFIX}OE"))
+
+
+def family_of_set(name: SetName) -> Family:
+    """The family that the name of a set of ours tells; IPv4 for a name that tells none."""
+    head = name.removeprefix(OWN_PREFIX).partition("-")[0]
+    return Family.V6 if head.endswith(str(int(Family.V6))) else Family.V4

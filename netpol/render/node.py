@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from netpol.model.ids import ChainName, Direction, SetName
@@ -23,7 +23,7 @@ from netpol.model.ruleset import (
 from netpol.policy.graph import ClassKey, Graph, LocalPod
 from netpol.policy.members import PortSet, SetKey
 from netpol.policy.world import World
-from netpol.render import classes, names, policies, static
+from netpol.render import classes, names, policies, reject, static
 from netpol.render.options import FIRST_CLASS, RenderOptions
 
 T = TypeVar("T")
@@ -34,10 +34,11 @@ _PART = 16
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """Sets with members, and the mangle table of each family."""
+    """Sets with members, and the tables of each family: mangle judges, filter answers (or is empty)."""
 
     sets: dict[SetName, tuple[SetSpec, Members]]
     rulesets: dict[Family, Ruleset]
+    filters: dict[Family, Ruleset] = field(default_factory=dict)
 
 
 def graph_of(world: World, node: str) -> Graph:
@@ -79,12 +80,11 @@ def render_graph(
             for direction in identity.isolates:
                 chain = names.policy_chain(identity, direction)
                 chains[chain] = policies.policy_rules(policy, direction, family)
-        hooks = {hook: names.hook_chain(hook) for hook in static.HOOKS}
-        rulesets[family] = Ruleset(chains, hooks)
+        rulesets[family] = Ruleset(chains, static.hook_jumps(options))
     sets: dict[SetName, tuple[SetSpec, Members]] = {}
     for part in set_parts(graph, options, numbers):
         sets.update(part)
-    return Desired(sets, rulesets)
+    return Desired(sets, rulesets, {f: reject.filter_ruleset(options, f) for f in FAMILIES})
 
 
 def set_parts(

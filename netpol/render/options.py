@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from netpol.model.net import Prefix
 from netpol.model.ruleset import AddressPort
@@ -15,6 +16,15 @@ DEFAULT_NFLOG_GROUP = 77
 #: Class numbers with a meaning of their own.
 NONE, UNKNOWN, OPEN, OVERFLOW = 0, 1, 2, 3
 FIRST_CLASS = 4
+#: What the field says of a packet that was judged and denied: no number leaves a tree but this one.
+DENIED = UNKNOWN
+
+
+class DenyWith(StrEnum):
+    """What becomes of a packet that policy denies."""
+
+    DROP = "drop"
+    REJECT = "reject"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,7 @@ class RenderOptions:
         own_addresses: addresses of the node's own interfaces, which are never held.
         ipvs_services: what INPUT leaves to OUTPUT's judgement, since IPVS takes it and sends it on
             from there; None where the kernel has no IPVS.
+        deny_with: whether the sender of a denied packet is told.
     """
 
     field_mask: int = DEFAULT_FIELD_MASK
@@ -41,11 +52,17 @@ class RenderOptions:
     hold_ranges: tuple[Prefix, ...] = ()
     own_addresses: tuple[bytes, ...] = ()
     ipvs_services: tuple[AddressPort, ...] | None = None
+    deny_with: DenyWith = DenyWith.DROP
 
     @property
     def shift(self) -> int:
         """Position of the field's lowest bit."""
         return (self.field_mask & -self.field_mask).bit_length() - 1
+
+    @property
+    def rejects(self) -> bool:
+        """Whether denied packets are answered."""
+        return self.deny_with is DenyWith.REJECT
 
     @property
     def width(self) -> int:

@@ -41,7 +41,7 @@ from netpol.model.ruleset import (
     SetSpec,
     Side,
 )
-from netpol.render import names
+from netpol.render import names, reject
 from netpol.render.logprefix import DropReason, LogPrefix, encode
 from netpol.render.options import RenderOptions
 
@@ -74,17 +74,28 @@ def static_chains(options: RenderOptions, family: Family) -> dict[ChainName, Cha
     for direction in Direction:
         out[names.held_chain(direction)] = deny(LogPrefix(DropReason.HELD, direction), options)
     out[names.SPOOFED] = deny(LogPrefix(DropReason.SPOOFED), options)
-    return out
+    return out | reject.net_chains(options)
+
+
+def hook_jumps(options: RenderOptions) -> dict[Hook, ChainName]:
+    """For each hook of ours the chain that its rule 1 jumps to."""
+    hooks = (*HOOKS, Hook.POSTROUTING) if options.rejects else HOOKS
+    return {hook: names.hook_chain(hook) for hook in hooks}
 
 
 def deny(prefix: LogPrefix, options: RenderOptions) -> Chain:
     """Log within the rate, then drop."""
+    return (log(prefix, options), Rule(Drop()))
+
+
+def log(prefix: LogPrefix, options: RenderOptions) -> Rule:
+    """Log within the rate."""
     limit = Limit(options.log_per_second, options.log_burst)
-    return (Rule(Log(options.nflog_group, encode(prefix)), (limit,)), Rule(Drop()))
+    return Rule(Log(options.nflog_group, encode(prefix)), (limit,))
 
 
 def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
-    out: list[Rule] = []
+    out: list[Rule] = [*reject.clear_foreign(hook, options)]
     icmp = Protocol.ICMP if family is Family.V4 else Protocol.ICMPV6
     if family is Family.V6:
         for types, limit in ((_ND_TYPES, _ND_HOP_LIMIT), (_MLD_TYPES, _MLD_HOP_LIMIT)):
@@ -94,6 +105,7 @@ def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
     # The place of the denied-flow bit (live connections): before anything that lets a flow pass.
     out.append(Rule(Return(), (CtState(("ESTABLISHED",)),)))
     out.append(Rule(Return(), (IpProtocol(icmp), CtState(("RELATED",)))))
+    out += reject.pass_answers(hook, options)
     if hook is Hook.INPUT:
         out.append(Rule(Return(), (InInterface("lo"),)))
     if hook is Hook.OUTPUT:
@@ -113,11 +125,11 @@ def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
         # After the source check, and only for pods: of others the field is 0 and nothing is asked.
         served = SetMatch(names.ipvs_set(family), (Side.DST, Side.DST))
         out.append(Rule(Goto(names.OK), (_in_field(options), served, IpvsTakes(family))))
-    out.append(_tree(Direction.EGRESS, options))
+    out += _tree(Direction.EGRESS, hook, options)
     if hook is not Hook.INPUT:
-        # The field is 0 here: the tree comes back only with an allowed packet.
+        # The field is 0 here: only an allowed packet comes so far.
         out.append(Rule(MapMark(names.class_map(Direction.INGRESS, family), Side.DST)))
-        out.append(_tree(Direction.INGRESS, options))
+        out += _tree(Direction.INGRESS, hook, options)
     return tuple(out)
 
 
@@ -137,9 +149,10 @@ def _source(options: RenderOptions, family: Family, *, check: bool) -> list[Rule
     return out
 
 
-def _tree(direction: Direction, options: RenderOptions) -> Rule:
-    """Go through the tree with the class that was found; comes back with the field 0."""
-    return Rule(Jump(names.tree_chain(direction)), (_in_field(options),))
+def _tree(direction: Direction, hook: Hook, options: RenderOptions) -> Chain:
+    """Go through the tree with the class that was found; behind it the field is 0."""
+    enter = Rule(Jump(names.tree_chain(direction)), (_in_field(options),))
+    return (enter, *reject.leave(hook, options))
 
 
 def _in_field(options: RenderOptions) -> MarkMatch:

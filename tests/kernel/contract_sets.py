@@ -18,7 +18,7 @@ from netpol.kernel.drivers import (
 )
 from netpol.model.ids import Protocol, SetName
 from netpol.model.net import Family, Prefix, host_prefix, parse_address, parse_prefix
-from netpol.model.ruleset import AddressPort, Member, SetKind, SetSpec
+from netpol.model.ruleset import AddressPort, AddressPortNet, Member, SetKind, SetSpec
 
 S4 = SetSpec(SetName("KNP-S4"), SetKind.HASH_IP, Family.V4)
 S6 = SetSpec(SetName("KNP-S6"), SetKind.HASH_IP, Family.V6)
@@ -28,6 +28,21 @@ P4 = SetSpec(SetName("KNP-P4"), SetKind.HASH_IP_PORT, Family.V4)
 P6 = SetSpec(SetName("KNP-P6"), SetKind.HASH_IP_PORT, Family.V6)
 M4 = SetSpec(SetName("KNP-M4"), SetKind.HASH_NET, Family.V4, marks=True)
 M6 = SetSpec(SetName("KNP-M6"), SetKind.HASH_NET, Family.V6, marks=True)
+Q4 = SetSpec(SetName("KNP-Q4"), SetKind.HASH_IP_PORT_NET, Family.V4)
+Q6 = SetSpec(SetName("KNP-Q6"), SetKind.HASH_IP_PORT_NET, Family.V6)
+R4 = SetSpec(SetName("KNP-R4"), SetKind.HASH_IP_PORT, Family.V4, marks=True)
+R6 = SetSpec(SetName("KNP-R6"), SetKind.HASH_IP_PORT, Family.V6, marks=True)
+
+
+def sources(address: str, *nets: str) -> dict[Member, int | None]:
+    dialled = parse_address(address)
+    return {
+        AddressPortNet(dialled, protocol, port, parse_prefix(net)): None
+        for protocol in (Protocol.TCP, Protocol.SCTP)
+        for port in (1, 65535)
+        for net in nets
+    }
+
 
 MEMBERS: dict[SetSpec, dict[Member, int | None]] = {
     S4: {parse_address(a): None for a in ("10.0.0.1", "255.255.255.255", "1.2.3.4")},
@@ -42,6 +57,13 @@ MEMBERS: dict[SetSpec, dict[Member, int | None]] = {
     P6: {AddressPort(parse_address("fd00::1"), Protocol.SCTP, 7): None},
     M4: {parse_prefix("10.244.1.0/24"): 1 << 20, parse_prefix("10.244.1.7/32"): 0xFFF << 20},
     M6: {parse_prefix("fd00:244::/64"): 1 << 20, parse_prefix("fd00:244::7/128"): 0},
+    Q4: sources("10.0.0.1", "10.0.0.0/8", "0.0.0.0/1", "128.0.0.0/1", "1.2.3.4/32"),
+    Q6: sources("fd00::1", "fd00::/16", "::/1", "8000::/1", "fd00::2/128"),
+    R4: {
+        AddressPort(parse_address("10.0.0.1"), Protocol.TCP, 80): 1 << 20,
+        AddressPort(parse_address("10.0.0.1"), Protocol.UDP, 80): 0xFFF << 20,
+    },
+    R6: {AddressPort(parse_address("fd00::1"), Protocol.SCTP, 7): 0},
 }
 
 
@@ -126,6 +148,12 @@ class SetContract:
         error = refusal(sets, AddMembers(N4, {good: None, bad: None, late: None}))
         assert (error.name, error.member, error.code) == (N4.name, bad, 4104)
         assert set(sets.dump()[N4.name].members) == {good}
+
+    def test_sources_of_length_0_are_refused_too(self, sets: SetDriver) -> None:
+        bad = AddressPortNet(parse_address("10.0.0.1"), Protocol.TCP, 80, Prefix(bytes(4), 0))
+        run(sets, CreateSet(Q4))
+        error = refusal(sets, AddMembers(Q4, {bad: None}))
+        assert (error.name, error.member, error.code) == (Q4.name, bad, 4104)
 
     def test_operations_after_a_refusal_are_not_applied(self, sets: SetDriver) -> None:
         run(sets, CreateSet(N4))

@@ -28,6 +28,7 @@ from netpol.model.ruleset import (
     Hook,
     Jump,
     MapMark,
+    Masquerade,
     NetMatch,
     Return,
     Rule,
@@ -82,10 +83,21 @@ class TableContract:
 
     @both_families
     def test_reject_stands_in_filter(self, tables: TableDriver, family: Family) -> None:
-        rules = (Rule(forms.reject(family), (), "told"),)
+        rules = tuple(map(canonical, forms.rejects(family)))
         tables.apply(change(family, table="filter", replace={CHAIN_A: rules}))
         assert tables.dump("filter", family).chains == {CHAIN_A: rules}
         assert tables.dump("mangle", family) == TableDump()
+
+    @both_families
+    def test_masquerading_stands_in_nat(self, tables: TableDriver, family: Family) -> None:
+        rules = tuple(map(canonical, forms.masquerades(family)))
+        hook = Hook.POSTROUTING
+        tables.apply(change(family, table="nat", replace={CHAIN_A: rules}, hooks={hook: CHAIN_A}))
+        dump = tables.dump("nat", family)
+        assert dump.chains == {CHAIN_A: rules}
+        assert dump.hooks == {hook: HookState(((1, CHAIN_A),))}
+        error = refusal(tables, change(family, replace={CHAIN_B: (Rule(Masquerade()),)}))
+        assert not error.retryable
 
     def test_replacing_one_chain_leaves_the_others(self, tables: TableDriver) -> None:
         tables.apply(change(replace={CHAIN_A: (Rule(Drop()),), CHAIN_B: (Rule(Drop()),)}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from netpol.model.ids import ChainName, Protocol, SetName
 from netpol.model.net import Family, Prefix, parse_prefix
 from netpol.model.ruleset import (
+    Accept,
     Action,
     AddrType,
     ConnmarkMatch,
@@ -13,6 +14,7 @@ from netpol.model.ruleset import (
     DstPorts,
     Goto,
     HopLimit,
+    IcmpType,
     Icmpv6Type,
     InInterface,
     IpProtocol,
@@ -22,6 +24,7 @@ from netpol.model.ruleset import (
     Log,
     MapMark,
     MarkMatch,
+    Masquerade,
     Match,
     NetMatch,
     PortSpan,
@@ -34,6 +37,7 @@ from netpol.model.ruleset import (
     SetMatch,
     SetSpec,
     Side,
+    TcpFlags,
 )
 
 CHAIN_A, CHAIN_B = ChainName("KNP-A"), ChainName("KNP-B")
@@ -41,12 +45,14 @@ FIELD = 0xFFF00000
 TCP, UDP, SCTP = (IpProtocol(p) for p in (Protocol.TCP, Protocol.UDP, Protocol.SCTP))
 
 
-def set_specs(family: Family) -> tuple[SetSpec, SetSpec, SetSpec]:
-    """The sets that the rules below name: addresses, address and port, marks."""
+def set_specs(family: Family) -> tuple[SetSpec, ...]:
+    """The sets that the rules below name: addresses, address and port, marks; and so on."""
     return (
         SetSpec(SetName(f"KNP-S{family}"), SetKind.HASH_IP, family),
         SetSpec(SetName(f"KNP-P{family}"), SetKind.HASH_IP_PORT, family),
         SetSpec(SetName(f"KNP-M{family}"), SetKind.HASH_NET, family, marks=True),
+        SetSpec(SetName(f"KNP-MP{family}"), SetKind.HASH_IP_PORT, family, marks=True),
+        SetSpec(SetName(f"KNP-Q{family}"), SetKind.HASH_IP_PORT_NET, family),
     )
 
 
@@ -56,10 +62,11 @@ def spans(*pairs: tuple[int, int]) -> tuple[PortSpan, ...]:
 
 def actions(family: Family) -> list[Action]:
     """Of the mangle table."""
-    marks = set_specs(family)[2].name
+    marks, port_marks = (spec.name for spec in set_specs(family)[2:4])
     return [
         Return(),
         Drop(),
+        Accept(),
         Jump(CHAIN_B),
         Goto(CHAIN_B),
         SetMark(1 << 20, FIELD),
@@ -67,6 +74,8 @@ def actions(family: Family) -> list[Action]:
         SetMark(5, 0xFFFFFFFF),
         MapMark(marks, Side.SRC),
         MapMark(marks, Side.DST),
+        MapMark(port_marks, Side.DST, Side.DST),
+        MapMark(port_marks, Side.SRC, Side.DST),
         Log(5, "KNP|D|I|abc|1"),
         Log(65535, "a b\"c'd\\e !"),
         Log(0, ""),
@@ -78,13 +87,34 @@ def reject(family: Family) -> Reject:
     return Reject("icmp-admin-prohibited" if family is Family.V4 else "icmp6-adm-prohibited")
 
 
+def rejects(family: Family) -> tuple[Rule, ...]:
+    """The rules of filter that answer."""
+    syn = TcpFlags(("FIN", "SYN", "RST", "ACK"), ("SYN",))
+    return (
+        Rule(Return(), (MarkMatch(1 << 20, FIELD, negate=True),)),
+        Rule(Drop(), (CtState(("INVALID",)),)),
+        Rule(Reject("tcp-reset"), (TCP, CtState(("DNAT",)))),
+        Rule(Reject("tcp-reset"), (TCP, syn)),
+        Rule(reject(family), (), "told"),
+    )
+
+
+def masquerades(family: Family) -> tuple[Rule, ...]:
+    """The rules of nat's POSTROUTING."""
+    return (
+        Rule(Masquerade()),
+        Rule(Masquerade(), (TCP, SameAddress(family)), "hairpin"),
+        Rule(Return(), (AddrType(Side.SRC, "LOCAL"),)),
+    )
+
+
 def match_lists(family: Family) -> list[tuple[Match, ...]]:
     v4 = family is Family.V4
     net = parse_prefix("10.0.0.0/8" if v4 else "fd00::/16")
     odd = parse_prefix("10.244.3.64/27" if v4 else "fd00:10:244:3::40/123")
     host = parse_prefix("10.1.1.1/32" if v4 else "fd00::1/128")
     everything = Prefix(bytes(family.bits // 8), 0)
-    addresses, ports, _ = (spec.name for spec in set_specs(family))
+    addresses, ports, _, _, nets = (spec.name for spec in set_specs(family))
     forms: list[tuple[Match, ...]] = [
         (),
         (TCP,),
@@ -100,6 +130,9 @@ def match_lists(family: Family) -> list[tuple[Match, ...]]:
         (TCP, DstPorts(Protocol.TCP, spans((80, 80), (443, 443), (8000, 8010)))),
         (UDP, DstPorts(Protocol.UDP, spans(*((n, n) for n in range(1, 16))))),
         (SCTP, DstPorts(Protocol.SCTP, spans((1, 2), (4, 5)))),
+        (TCP, TcpFlags(("FIN", "SYN", "RST", "ACK"), ("SYN",))),
+        (TCP, TcpFlags(("RST",), ("RST",))),
+        (CtState(("RELATED",)), TCP, TcpFlags(("URG", "PSH"), ("PSH", "URG"))),
         (InInterface("kube-bridge"),),
         (InInterface("veth+"),),
         (InInterface("fifteen-letters"),),
@@ -111,11 +144,17 @@ def match_lists(family: Family) -> list[tuple[Match, ...]]:
         (NetMatch(Side.DST, everything),),
         (CtState(("ESTABLISHED",)),),
         (CtState(("RELATED", "NEW")),),
+        (CtState(("ESTABLISHED", "RELATED"), replies=True), TCP),
         (CtState(("INVALID", "NEW", "RELATED", "ESTABLISHED", "UNTRACKED", "SNAT", "DNAT")),),
         (SetMatch(addresses, (Side.SRC,)),),
         (SetMatch(addresses, (Side.DST,), negate=True),),
         (SetMatch(ports, (Side.SRC, Side.DST)),),
         (SetMatch(ports, (Side.DST, Side.DST), negate=True),),
+        (SetMatch(nets, (Side.DST, Side.DST, Side.SRC)),),
+        (
+            SetMatch(nets, (Side.SRC, Side.SRC, Side.DST), negate=True),
+            SetMatch(addresses, (Side.SRC,)),
+        ),
         (MarkMatch(1 << 20, FIELD),),
         (MarkMatch(0, FIELD, negate=True),),
         (MarkMatch(5, 0xFFFFFFFF),),
@@ -141,7 +180,10 @@ def match_lists(family: Family) -> list[tuple[Match, ...]]:
             Limit(7, 9),
         ),
     ]
-    if not v4:
+    if v4:
+        icmp = IpProtocol(Protocol.ICMP)
+        forms += [(icmp, IcmpType(8)), (icmp, IcmpType(0))]
+    else:
         icmpv6 = IpProtocol(Protocol.ICMPV6)
         forms += [(icmpv6, Icmpv6Type(135), HopLimit(255)), (HopLimit(1),)]
     return forms

@@ -45,8 +45,9 @@ def rendered(run, *words):
     return run(*ctl("render", "--node", "node-a", "-f", str(WORLD), *words))
 
 
+@pytest.mark.parametrize("deny_with", ["drop", "reject"])
 @pytest.mark.parametrize("variant", ["nft", "legacy"])
-def test_rendered_text_loads_and_cleanup_removes_it(space, variant, tmp_path):
+def test_rendered_text_loads_and_cleanup_removes_it(space, variant, deny_with, tmp_path):
     foreign = "*mangle\n:OTHER - [0:0]\n-A FORWARD -j OTHER\n-A OTHER -p tcp -j ACCEPT\nCOMMIT\n"
     space(f"iptables-{variant}-restore", "--noflush", text=foreign)
     before = saved(space, variant)
@@ -54,9 +55,11 @@ def test_rendered_text_loads_and_cleanup_removes_it(space, variant, tmp_path):
 
     space("ipset", "restore", text=rendered(space, "--only", "sets"))
     for family, tool in (("4", "iptables"), ("6", "ip6tables")):
-        text = rendered(space, "--only", "rules", "--family", family)
+        text = rendered(space, "--only", "rules", "--family", family, "--deny-with", deny_with)
         space(f"{tool}-{variant}-restore", "--noflush", text=text)
         assert "-A FORWARD -j KNP-" in space(f"{tool}-{variant}-save", "-t", "mangle")
+        answers = "-A OUTPUT -j KNP-REJECT" in space(f"{tool}-{variant}-save")
+        assert answers == (deny_with == "reject")
     assert any(s.startswith("KNP-") for s in space("ipset", "list", "-n").split())
 
     socket = str(tmp_path / "none.sock")
@@ -64,7 +67,26 @@ def test_rendered_text_loads_and_cleanup_removes_it(space, variant, tmp_path):
     assert saved(space, variant) == before
     assert space("ipset", "list", "-n").split() == ["foreign"]
     assert "KNP-" not in space(f"ip6tables-{variant}-save")
+    assert "KNP-" not in space(f"iptables-{variant}-save")
     assert space(*ctl("cleanup", "--socket", socket)) == "nothing of netpol here\n"
+
+
+def test_cleanup_removes_all_rooms(space, tmp_path):
+    """A chain, a jump and a set of each, in every table that any of them has."""
+    for room in ("SVC", "RT"):
+        space("ipset", "create", f"KNP-{room}-S4", "hash:ip")
+        for table, hook in (("mangle", "PREROUTING"), ("filter", "INPUT"), ("nat", "POSTROUTING")):
+            text = (
+                f"*{table}\n:KNP-{room}-A - [0:0]\n-A KNP-{room}-A -m set --match-set KNP-{room}-S4 src"
+                f" -j RETURN\n-A {hook} -j KNP-{room}-A\nCOMMIT\n"
+            )
+            space("iptables-nft-restore", "--noflush", text=text)
+
+    said = space(*ctl("cleanup", "--socket", str(tmp_path / "none.sock")))
+
+    assert said == "removed 6 chains, 6 jumps, 2 sets\n"
+    assert "KNP-" not in space("iptables-nft-save")
+    assert space("ipset", "list", "-n") == ""
 
 
 def saved(run, variant):
@@ -84,7 +106,7 @@ def test_cleanup_ends_enforcement_though_a_foreign_rule_holds_a_chain(space, var
     for family, tool in (("4", "iptables"), ("6", "ip6tables")):
         text = rendered(space, "--only", "rules", "--family", family)
         space(f"{tool}-{variant}-restore", "--noflush", text=text)
-    space(f"iptables-{variant}", "-t", "mangle", "-A", "PREROUTING", "-j", "KNP-OK")
+    space(f"iptables-{variant}", "-t", "mangle", "-A", "PREROUTING", "-p", "tcp", "-j", "KNP-OK")
 
     words = ctl("cleanup", "--socket", str(tmp_path / "none.sock"))
     said = space("sh", "-c", '"$@" 2>&1; echo "exit $?"', "sh", *words)
@@ -94,7 +116,7 @@ def test_cleanup_ends_enforcement_though_a_foreign_rule_holds_a_chain(space, var
     assert (
         "-j KNP-"
         not in space(f"iptables-{variant}-save", "-t", "mangle")
-        .replace("-A PREROUTING -j KNP-OK", "")
+        .replace("-A PREROUTING -p tcp -j KNP-OK", "")
         .partition("-A KNP-")[0]
     )
     assert "KNP-" not in space(f"ip6tables-{variant}-save")

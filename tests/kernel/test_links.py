@@ -12,6 +12,7 @@ import pytest
 from netpol.kernel.links import AddressMonitor, own_addresses
 from netpol.kernel.netns import in_netns
 from netpol.kernel.sysctl import keep_sysctl, read_sysctl
+from netpol.kernel.vips import LINK
 from netpol.model.net import parse_address
 
 pytestmark = pytest.mark.kernel
@@ -71,8 +72,18 @@ def test_a_burst_that_overruns_the_socket_is_still_an_event(
     lines = "".join(f"addr add 10.{n // 200}.{n % 200}.1/32 dev d0\n" for n in range(2000))
     subprocess.run(["ip", "-n", space, "-b", "-"], input=lines, text=True, check=True)
     assert select.select([monitor.fileno()], [], [], 1)[0]
-    monitor.drain()
+    assert monitor.drain()
     assert not select.select([monitor.fileno()], [], [], 0)[0]
+
+
+def test_addresses_of_services_are_not_the_nodes_and_wake_nobody(
+    space: str, monitor: AddressMonitor
+) -> None:
+    for link, address in ((LINK, "10.96.0.10/32"), ("d0", "10.1.1.1/32")):
+        ip(space, "link", "add", link, "type", "bridge")
+        ip(space, "addr", "add", address, "dev", link)
+        assert in_netns(space, monitor.drain) is (link != LINK)
+    assert in_netns(space, own_addresses) == (parse_address("10.1.1.1"),)
 
 
 def test_a_sysctl_of_a_namespace_is_read_and_kept(space: str) -> None:

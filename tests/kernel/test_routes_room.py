@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import signal
@@ -64,6 +65,7 @@ class Agent(threading.Thread):
             facts=lambda: self._world.facts,
             cni_conf_dir=self.host.folder / "net.d",
         )
+        await engine.prepare()
         task = asyncio.create_task(room.run_forever())
         room.start()
         self._up.set()
@@ -288,3 +290,25 @@ def test_an_address_of_a_service_is_announced_while_an_endpoint_is_ready(three: 
     assert three.net.wait(lambda: heard() == {"10.1.1.0/24"}, within_s=3), heard()
     know(ready=True)
     assert three.net.wait(lambda: heard() == {"10.1.1.0/24", "203.0.113.7"}, within_s=3), heard()
+
+
+def test_a_change_that_bird_refuses_is_an_error_until_it_is_mended(three: Cluster) -> None:
+    three.know("n1", "n2")
+    three.run("n1", "n2")
+    assert three.converged("n1", "n2")
+    one, two, _ = three.net.hosts.values()
+    room = three.agents["n1"].room
+    assert room is not None
+    good = room.options
+    # A name that the settings would not take: what BIRD says is what counts here.
+    room.options = dataclasses.replace(good, run_dir='x"; nonsense')
+    three.agents["n1"].changed()
+    assert three.net.wait(lambda: "refuses" in room.status.error), room.status.error
+    assert not room.ready
+    assert one.routes() == set(two.pods)
+    three.agents["n1"].changed()  # nothing new: the fault stays
+    assert not three.net.wait(lambda: not room.status.error, within_s=1.5)
+    room.options = good
+    three.agents["n1"].changed()
+    assert three.net.wait(lambda: room.ready), room.status.error
+    assert one.routes() == set(two.pods)

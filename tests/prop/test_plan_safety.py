@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,13 +22,13 @@ import pytest
 
 from netpol.enforce.dataplane import Dataplane
 from netpol.enforce.kernel_state import dump_kernel
-from netpol.enforce.plan import MAPS, Plan, address_of
+from netpol.enforce.plan import MAPS, Plan, Step, address_of, family_of_step
 from netpol.k8s.decode import NETWORK_POLICY, decode
 from netpol.kernel.drivers import AddMembers, DeleteMembers, SetTransaction
 from netpol.kernel.testing import FakeSets, FakeTables
 from netpol.model.flow import Flow, Party, PartyKind, Verdict
 from netpol.model.ids import ObjectKey, Protocol
-from netpol.model.net import FAMILIES, Prefix, family_of, format_address, parse_address
+from netpol.model.net import FAMILIES, Family, Prefix, family_of, format_address, parse_address
 from netpol.model.objects import Endpoint, Namespace
 from netpol.model.ruleset import Ruleset
 from netpol.policy.compile import compile_policy
@@ -63,15 +64,16 @@ class Kernel:
 
     def steps(self, plan: Plan) -> Iterator[str]:
         """Apply a plan in the smallest steps; yields what each was."""
-        for step in plan.steps:
-            if not isinstance(step, SetTransaction):
-                self.tables.apply(step)
-                yield f"table {step.family}: {sorted(step.replace)} -{list(step.delete)}"
-                continue
-            for op in step.ops:
-                for part in _parts(op):
-                    self.sets.apply(SetTransaction((part,)))
-                    yield str(part)
+        for step in smallest(plan):
+            yield self.step(step)
+
+    def step(self, step: Step) -> str:
+        """Apply one step; says what it was."""
+        if isinstance(step, SetTransaction):
+            self.sets.apply(step)
+            return str(step.ops[0])
+        self.tables.apply(step)
+        return f"table {step.family}: {sorted(step.replace)} -{list(step.delete)}"
 
     def run(self, plan: Plan) -> None:
         for _ in self.steps(plan):
@@ -80,12 +82,33 @@ class Kernel:
     def text(self, field_mask: int) -> Text:
         """What a walker reads."""
         sets = {n: (s.spec, s.members) for n, s in self.sets.state.items()}
-        rulesets = {}
-        for family in FAMILIES:
-            table = self.tables.table("mangle", family)
-            hooks = {h: rules[0] for h, rules in table.hooks.items() if rules}
-            rulesets[family] = Ruleset({n: tuple(c) for n, c in table.chains.items()}, hooks)  # type: ignore[arg-type]
-        return text_of(Desired(sets, rulesets), field_mask=field_mask)  # type: ignore[arg-type]
+        tables: dict[str, dict[Family, Ruleset]] = {"mangle": {}, "filter": {}}
+        for name, rulesets in tables.items():
+            for family in FAMILIES:
+                table = self.tables.table(name, family)
+                hooks = {h: rules[0] for h, rules in table.hooks.items() if rules}
+                rulesets[family] = Ruleset({n: tuple(c) for n, c in table.chains.items()}, hooks)  # type: ignore[arg-type]
+        return text_of(Desired(sets, tables["mangle"], tables["filter"]), field_mask=field_mask)  # type: ignore[arg-type]
+
+
+def smallest(plan: Plan, down: Family | None = None) -> Iterator[Step]:
+    """The smallest steps of a plan; of a family that is down, only what is done nevertheless."""
+    for number, step in enumerate(plan.steps):
+        if family_of_step(step) is down and number >= plan.leaving:
+            continue
+        if isinstance(step, SetTransaction):
+            for op in step.ops:
+                yield from (SetTransaction((part,)) for part in _parts(op))  # type: ignore[arg-type]
+        else:
+            yield step
+
+
+def interleaved(plan: Plan, dice: random.Random) -> Iterator[Step]:
+    """The smallest steps of a plan in another order of the two families, each in its own."""
+    waiting = {f: [s for s in smallest(plan) if family_of_step(s) is f] for f in FAMILIES}
+    while any(waiting.values()):
+        family = dice.choice([f for f, left in waiting.items() if left])
+        yield waiting[family].pop(0)
 
 
 def _parts(op: object) -> Iterator[object]:
@@ -179,8 +202,15 @@ class Watch:
                 allowed.append(quad)
         return cls(judges[-1].world, options.field_mask, denied, allowed, set())
 
+    def of(self, family: Family) -> Watch:
+        """What must hold in one family."""
+        denied = [q for q in self.denied if family_of(q[0]) is family]
+        allowed = [q for q in self.allowed if family_of(q[0]) is family]
+        return replace(self, denied=denied, allowed=allowed, moving=set(), lost=Counter())
+
     def look(self, kernel: Kernel, at: str) -> None:
-        cluster = Cluster(self.world, {churn.NODE: kernel.text(self.field_mask)})
+        texts = {churn.NODE: kernel.text(self.field_mask)}
+        cluster = Cluster(self.world, texts, field_mask=self.field_mask)
         for quad in self.denied:
             assert not self._passes(cluster, quad), f"{_text(quad)} passes after {at}"
         for quad in self.allowed:
@@ -272,8 +302,23 @@ class Node:
             delta = self.graph.flush()
             if delta.empty and not self.graph.pending:
                 return
-            names = self.dataplane.returning_sets(delta)
-            yield self.dataplane.change(delta, self.kernel.sets.dump(names) if names else {})
+            back = self.dataplane.returning_sets(delta)
+            yield self.dataplane.change(delta, self.kernel.sets.dump(back) if back else {})
+
+    def after(self, *, down: Family, fault: Exception, restart: bool) -> Iterator[Plan]:
+        """What the room would execute; after a restart, one that cannot read a family."""
+        if not restart:
+            yield from self.plans()
+            return
+        self.dataplane = Dataplane(self.graph, self.options)
+        self.graph.flush(together=True)
+        dump = dump_kernel(self.kernel.sets, self.kernel.tables, skip={down: fault})
+        yield self.dataplane.reconcile(dump)
+
+    def revive(self) -> Plan:
+        """What the same agent executes when all can be read again."""
+        self.graph.flush(together=True)
+        return self.dataplane.reconcile(dump_kernel(self.kernel.sets, self.kernel.tables))
 
     def check(self, objects: churn.Objects) -> None:
         """Equal to scratch, numbers aside."""

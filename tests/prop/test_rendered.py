@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from netpol.model.flow import Flow, Party, PartyKind, Verdict
 from netpol.policy.evaluate import evaluate
 from netpol.render.logprefix import DropReason, decode
+from netpol.render.options import DenyWith
 from tests import builders, engine
 from tests.oracle.oracle import allowed
 from tests.prop import worlds
@@ -35,12 +36,15 @@ def expected(cluster: Cluster, manifests: builders.World, src: str, dst: str, fl
     worlds.worlds(),
     st.lists(worlds.one(worlds.PORTS), min_size=1, max_size=2, unique=True),
     worlds.one((WIDE, NARROW)),
-    worlds.one((0, 0x0550_0000, 0xFFF0_0000)),
+    worlds.one((0, 0x0010_0000, 0x2000_0000, 0x0550_0000, 0xFFF0_0000)),
+    worlds.one(tuple(DenyWith)),
 )
-def test_walk_is_oracle(manifests: builders.World, ports: list[str], field_mask: int, dirty: int):
+def test_walk_is_oracle(
+    manifests: builders.World, ports: list[str], field_mask: int, dirty: int, deny_with: DenyWith
+):
     """Also with bits left over in the field, which no judgement may read."""
     world = engine.build(manifests)
-    cluster = Cluster.rendered(world, field_mask=field_mask)
+    cluster = Cluster.rendered(world, field_mask=field_mask, deny_with=deny_with)
     for src, dst, port, family, flow in flows(world, manifests, ports):
         if not cluster.hops(flow):
             continue
@@ -79,11 +83,11 @@ def test_established_packets_pass(manifests: builders.World):
 
 
 @settings(max_examples=settings.default.max_examples // 5)
-@given(worlds.worlds())
-def test_denied_packets_say_where(manifests: builders.World):
+@given(worlds.worlds(), worlds.one(tuple(DenyWith)))
+def test_denied_packets_say_where(manifests: builders.World, deny_with: DenyWith):
     """The prefix of a denied packet names the direction that the evaluator blames first."""
     world = engine.build(manifests)
-    cluster = Cluster.rendered(world)
+    cluster = Cluster.rendered(world, deny_with=deny_with)
     for *_, flow in flows(world, manifests, ["80/TCP"]):
         if not cluster.hops(flow) or held(cluster, flow.src) or held(cluster, flow.dst):
             continue

@@ -19,10 +19,10 @@ from netpol.model.ids import Protocol
 from netpol.model.net import FAMILIES, Family, Prefix
 from netpol.policy.world import World
 from netpol.render.node import Desired, render_node
-from netpol.render.options import DEFAULT_FIELD_MASK, RenderOptions
+from netpol.render.options import DEFAULT_FIELD_MASK, DENIED, DenyWith, RenderOptions
 from tests.walker.packet import Packet, WalkError
 from tests.walker.sets import parse_sets
-from tests.walker.tables import Table, Walk, parse_table
+from tests.walker.tables import Step, Table, Walk, parse_table
 
 BRIDGE, UPLINK = "cni0", "eth0"
 #: Bits that others own (kube-proxy's, and one more): they must come out as they went in.
@@ -38,10 +38,11 @@ ECHO_REQUEST = {Protocol.ICMP: 8, Protocol.ICMPV6: 128}
 
 
 class Text(NamedTuple):
-    """What a node would be fed: `ipset restore`, and `iptables-restore` of each family."""
+    """What a node would be fed: `ipset restore`, and `iptables-restore` of each family and table."""
 
     sets: str
     tables: dict[Family, str]
+    filters: dict[Family, str]
 
 
 class Hop(NamedTuple):
@@ -69,13 +70,16 @@ def text_of(desired: Desired, *, field_mask: int) -> Text:
     for spec, members in desired.sets.values():
         ops.append(CreateSet(spec, len(members)))
         ops.append(AddMembers(spec, members))
-    tables = {
-        family: transaction_text(
-            TableTransaction("mangle", family, replace=rules.chains, hooks=rules.hooks)
-        )
-        for family, rules in desired.rulesets.items()
-    }
-    return Text(restore_text(SetTransaction(tuple(ops)), mark_mask=field_mask), tables)
+    tables, filters = (
+        {
+            family: transaction_text(
+                TableTransaction(table, family, replace=rules.chains, hooks=rules.hooks)
+            )
+            for family, rules in rulesets.items()
+        }
+        for table, rulesets in (("mangle", desired.rulesets), ("filter", desired.filters))
+    )
+    return Text(restore_text(SetTransaction(tuple(ops)), mark_mask=field_mask), tables, filters)
 
 
 def gateways(ranges: tuple[Prefix, ...]) -> list[bytes]:
@@ -83,7 +87,13 @@ def gateways(ranges: tuple[Prefix, ...]) -> list[bytes]:
     return [(int.from_bytes(r.address, "big") + 1).to_bytes(len(r.address), "big") for r in ranges]
 
 
-def options_of(world: World, node: str, *, field_mask: int = DEFAULT_FIELD_MASK) -> RenderOptions:
+def options_of(
+    world: World,
+    node: str,
+    *,
+    field_mask: int = DEFAULT_FIELD_MASK,
+    deny_with: DenyWith = DenyWith.DROP,
+) -> RenderOptions:
     """The options with which a node of this topology renders."""
     known = world.nodes[node]
     own = (*known.addresses, *gateways(known.pod_cidrs))
@@ -92,6 +102,7 @@ def options_of(world: World, node: str, *, field_mask: int = DEFAULT_FIELD_MASK)
         pod_interfaces=(BRIDGE,),
         hold_ranges=known.pod_cidrs,
         own_addresses=own,
+        deny_with=deny_with,
     )
 
 
@@ -105,10 +116,14 @@ class Cluster:
         *,
         field_mask: int = DEFAULT_FIELD_MASK,
         foreign_mark: int = FOREIGN_MARK,
+        nets: dict[str, Text] | None = None,
     ) -> None:
+        """Args: nets: whose last hook of mangle a packet meets, where that is of another moment."""
         self.world, self.texts, self.field_mask = world, texts, field_mask
         self.foreign_mark = foreign_mark
         self._tables: dict[tuple[str, Family], Table] = {}
+        self._filters: dict[tuple[str, Family], Table] = {}
+        self._nets: dict[tuple[str, Family], Table] = {}
         self._local = {
             name: frozenset(
                 ipaddress.ip_address(a) for a in (*node.addresses, *gateways(node.pod_cidrs))
@@ -118,7 +133,11 @@ class Cluster:
         for node, text in texts.items():
             sets = parse_sets(text.sets)
             for family in FAMILIES:
-                self._tables[node, family] = parse_table(text.tables[family], int(family), sets)
+                at = node, family
+                self._tables[at] = parse_table(text.tables[family], int(family), sets)
+                self._filters[at] = parse_table(text.filters.get(family, ""), int(family), sets)
+                last = (nets or texts)[node].tables[family]
+                self._nets[at] = parse_table(last, int(family), sets) if nets else self._tables[at]
 
     @classmethod
     def rendered(
@@ -127,15 +146,13 @@ class Cluster:
         *,
         field_mask: int = DEFAULT_FIELD_MASK,
         foreign_mark: int = FOREIGN_MARK,
+        deny_with: DenyWith = DenyWith.DROP,
     ) -> Cluster:
         """Render every node of a world."""
-        texts = {
-            node: text_of(
-                render_node(world, node, options_of(world, node, field_mask=field_mask)),
-                field_mask=field_mask,
-            )
-            for node in world.nodes
-        }
+        texts = {}
+        for node in world.nodes:
+            options = options_of(world, node, field_mask=field_mask, deny_with=deny_with)
+            texts[node] = text_of(render_node(world, node, options), field_mask=field_mask)
         return cls(world, texts, field_mask=field_mask, foreign_mark=foreign_mark)
 
     def place(self, party: Party) -> tuple[str, str]:
@@ -216,5 +233,23 @@ class Cluster:
         packet = replace(
             self.packet(flow, **fields), iif=hop.iif, oif=hop.oif, local=self._local[hop.node]
         )
-        table = self._tables[hop.node, flow.family]
-        return table.walk(hop.hook, packet, field_mask=self.field_mask)
+        return self._through(hop, packet, flow.family)
+
+    def _through(self, hop: Hop, packet: Packet, family: Family) -> Walk:
+        """Mangle, then filter in the same hook, then (but for INPUT) mangle's last hook."""
+        field = self.field_mask
+        denied = DENIED * (field & -field)
+        mangle, answers = self._tables[hop.node, family], self._filters[hop.node, family]
+        stages = [(mangle, hop.hook), (answers, hop.hook)]
+        if hop.hook != "INPUT":
+            stages.append((self._nets[hop.node, family], "POSTROUTING"))
+        trail: list[Step] = []
+        prefix, mark = None, packet.mark
+        for number, (table, hook) in enumerate(stages, 1):
+            left = denied if number < len(stages) else None
+            walk = table.walk(hook, replace(packet, mark=mark), field_mask=field, denied=left)
+            trail += walk.trail
+            prefix, mark = prefix or walk.prefix, walk.mark
+            if not walk.passed:
+                break
+        return Walk(walk.passed, mark, tuple(trail), prefix, walk.answer)

@@ -31,6 +31,8 @@ class Packet:
         connmark: mark of the connection.
         local: addresses of the machine that the packet is at.
         pkttype: to whom the frame was sent: 0 to this machine alone (PACKET_HOST), 1 to everybody.
+        dnat: whether somebody has given it another destination.
+        tcp_flags: of TCP.
         chunk: type of the first chunk of SCTP; 1 is INIT.
     """
 
@@ -49,6 +51,8 @@ class Packet:
     local: frozenset[Address] = frozenset()
     pkttype: int = 0
     chunk: int = 1
+    dnat: bool = False
+    tcp_flags: frozenset[str] = frozenset({"SYN"})
 
     @property
     def version(self) -> int:

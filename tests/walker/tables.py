@@ -28,6 +28,8 @@ STEPS_MAX = 100_000
 BUILT_IN = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
 PROTOCOLS = {"tcp", "udp", "sctp", "icmp", "ipv6-icmp", "icmpv6", "icmp6"}
 WITH_PORTS = ("tcp", "udp", "sctp")
+FLAGS = {"FIN", "SYN", "RST", "PSH", "ACK", "URG"}
+STATES = {"NEW", "ESTABLISHED", "RELATED", "INVALID", "UNTRACKED"}
 ICMP6 = ("icmpv6", "icmp6")
 
 Test = Callable[[Packet, int], bool]
@@ -69,6 +71,8 @@ class Walk(NamedTuple):
     mark: int
     trail: tuple[Step, ...]
     prefix: str | None
+    # How the sender was told: the word after `--reject-with`.
+    answer: str = ""
 
     def __str__(self) -> str:
         return "\n".join(
@@ -88,8 +92,16 @@ class Table:
     chains: dict[str, list[ParsedRule]] = field(default_factory=dict)
     sets: Mapping[str, IpSet] = field(default_factory=dict)
 
-    def walk(self, hook: str, packet: Packet, *, field_mask: int) -> Walk:
+    def walk(
+        self, hook: str, packet: Packet, *, field_mask: int, denied: int | None = None
+    ) -> Walk:
         """Send a packet through a hook.
+
+        Args:
+            hook: which one.
+            packet: what comes.
+            field_mask: the bits of the mark that the rules may write.
+            denied: a value of them that may be left behind beside 0, for other hooks to see.
 
         Raises:
             WalkError: the law of the mark is broken (bits outside the field changed, or the field not
@@ -97,7 +109,7 @@ class Table:
         """
         if packet.version != self.version:
             raise WalkError("a packet of the other family")
-        mark, trail, prefix, passed = packet.mark, [], None, True
+        mark, trail, prefix, passed, answer = packet.mark, [], None, True, ""
         stack = [(hook, 0)]
         steps = 0
         while stack:
@@ -121,7 +133,9 @@ class Table:
             if target.kind == "RETURN":
                 stack.pop()
             elif target.kind in ("DROP", "REJECT"):
-                passed = False
+                passed, answer = False, target.prefix
+                break
+            elif target.kind == "ACCEPT":
                 break
             elif target.kind == "jump":
                 stack.append((target.chain, 0))
@@ -140,9 +154,9 @@ class Table:
                 raise WalkError(f"target {target.kind}")
             if (mark ^ packet.mark) & ~field_mask & 0xFFFFFFFF:
                 raise WalkError(f"{rule.text}: mark bits outside the field changed ({mark:#x})")
-        if passed and mark & field_mask:
+        if passed and mark & field_mask not in (0, denied):
             raise WalkError(f"{hook}: the field is {mark & field_mask:#x} after a pass\n{trail}")
-        return Walk(passed, mark, tuple(trail), prefix)
+        return Walk(passed, mark, tuple(trail), prefix, answer)
 
 
 # -- text ---------------------------------------------------------------------------------------
@@ -257,6 +271,8 @@ def _rule(words: list[str], line: str, table: Table) -> ParsedRule:
             rule.target = Target("goto", reader.next())
         elif word in ("--dport", "--destination-port") and not negate and protocol in WITH_PORTS:
             rule.tests.append(_ports([reader.next()]))
+        elif word == "--tcp-flags" and not negate and protocol == "tcp":
+            rule.tests.append(_tcp_flags(reader.next(), reader.next()))
         elif word == "--icmpv6-type" and not negate and protocol == "ipv6-icmp":
             rule.tests.append(_icmp(int(reader.next())))
         else:
@@ -271,6 +287,13 @@ def _protocol(reader: _Reader, rule: ParsedRule) -> str:
     wanted = "ipv6-icmp" if name in ICMP6 else name
     rule.tests.append(lambda packet, _mark: packet.protocol == wanted)
     return wanted
+
+
+def _tcp_flags(looked_at: str, present: str) -> Test:
+    mask, want = set(looked_at.split(",")), set(present.split(","))
+    if not mask <= FLAGS or not want <= mask:
+        raise WalkError(f"--tcp-flags {looked_at} {present}")
+    return lambda packet, _mark: mask & packet.tcp_flags == want
 
 
 def _icmp(wanted: int) -> Test:
@@ -328,9 +351,11 @@ def _match(reader: _Reader, rule: ParsedRule, protocol: str, table: Table) -> No
         if not reader.take("--ctstate"):
             raise reader.unknown("conntrack")
         states = reader.next().split(",")
-        if not set(states) <= {"NEW", "ESTABLISHED", "RELATED", "INVALID", "UNTRACKED"}:
+        if not set(states) <= {*STATES, "DNAT"}:
             raise reader.unknown(",".join(states))
-        rule.tests.append(lambda packet, _mark: packet.ctstate in states)
+        rule.tests.append(
+            lambda packet, _mark: packet.ctstate in states or (packet.dnat and "DNAT" in states)
+        )
     elif name == "hl" and table.version == 6:
         if not reader.take("--hl-eq"):
             raise reader.unknown("hl")
@@ -386,7 +411,7 @@ def _addrtype(reader: _Reader, rule: ParsedRule) -> None:
 
 def _target(reader: _Reader, rule: ParsedRule, table: Table) -> None:
     name = reader.next()
-    if name in ("RETURN", "DROP"):
+    if name in ("RETURN", "DROP", "ACCEPT"):
         rule.target = Target(name)
     elif name == "MARK":
         if not reader.take("--set-xmark"):
@@ -419,11 +444,11 @@ def _target(reader: _Reader, rule: ParsedRule, table: Table) -> None:
             raise WalkError(f"{reader.line}: prefix over {LOG_PREFIX_MAX}")
         rule.target = Target("NFLOG", prefix=prefix)
     elif name == "REJECT":
-        while reader.more():
-            if reader.next() != "--reject-with":
-                raise reader.unknown("REJECT")
-            reader.next()
-        rule.target = Target("REJECT")
+        if table.name != "filter":
+            raise WalkError(f"{reader.line}: REJECT is only valid in filter")
+        if not reader.take("--reject-with"):
+            raise reader.unknown("REJECT")
+        rule.target = Target("REJECT", prefix=reader.next())
     elif name in table.chains:
         rule.target = Target("jump", name)
     else:

@@ -61,6 +61,11 @@ def test_falling_off_the_end_of_a_hook_passes():
     [
         ("-p tcp", {}, True),
         ("-p udp", {}, False),
+        ("-p tcp -m tcp --tcp-flags SYN,ACK SYN", {}, True),
+        ("-p tcp -m tcp --tcp-flags SYN,ACK SYN", {"tcp_flags": frozenset({"SYN", "ACK"})}, False),
+        ("-p tcp -m tcp --tcp-flags RST RST", {}, False),
+        ("-m conntrack --ctstate DNAT", {}, False),
+        ("-m conntrack --ctstate DNAT", {"dnat": True}, True),
         ("-p tcp -m tcp --dport 80", {}, True),
         ("-p tcp -m tcp --dport 81", {}, False),
         ("-p tcp -m tcp --dport 79:80", {}, True),
@@ -171,6 +176,11 @@ def test_goto_out_of_a_hook_ends_the_hook():
     assert got.passed
 
 
+def test_accept_ends_the_hook_and_passes():
+    got = walk(":ONE - [0:0]\n-A FORWARD -j ONE\n-A FORWARD -j DROP\n-A ONE -j ACCEPT")
+    assert got.passed
+
+
 def test_return_in_a_hook_passes():
     assert walk("-A FORWARD -j RETURN\n-A FORWARD -j DROP").passed
 
@@ -227,7 +237,9 @@ def test_insert_delete_flush_and_counters():
 @pytest.mark.parametrize(
     "rules",
     [
-        "-A FORWARD -j ACCEPT",
+        "-A FORWARD -j QUEUE",
+        "-A FORWARD -j REJECT --reject-with tcp-reset",
+        "-A FORWARD -p udp -m udp --tcp-flags SYN SYN -j DROP",
         "-A FORWARD -j NOWHERE",
         "-A NOWHERE -j DROP",
         "-A FORWARD -p tcp -m tcp --sport 80 -j DROP",

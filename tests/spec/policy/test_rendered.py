@@ -7,6 +7,7 @@ import ipaddress
 import pytest
 
 from netpol.render.node import render_node
+from netpol.render.options import DenyWith
 from tests import builders as make
 from tests import engine
 from tests.prop.live import Live
@@ -21,12 +22,16 @@ def families(flow: Flow) -> tuple[int, ...]:
     return (4, 6) if flow.family is None else (flow.family,)
 
 
-@pytest.mark.parametrize("field_mask", [WIDE, NARROW], ids=["12bit", "3bit"])
+@pytest.mark.parametrize(
+    ("field_mask", "deny_with"),
+    [(WIDE, DenyWith.DROP), (NARROW, DenyWith.DROP), (WIDE, DenyWith.REJECT)],
+    ids=["12bit", "3bit", "reject"],
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
-def test_walk(case: Case, field_mask: int):
+def test_walk(case: Case, field_mask: int, deny_with: DenyWith):
     for number, step in enumerate(case.steps):
         world = engine.build(step.world)
-        cluster = Cluster.rendered(world, field_mask=field_mask)
+        cluster = Cluster.rendered(world, field_mask=field_mask, deny_with=deny_with)
         for flow in step.flows:
             walked = 0
             for family in families(flow):

@@ -5,8 +5,9 @@ import datetime as dt
 from collections.abc import Mapping
 from typing import Any
 
-from netpol.enforce.events import Complaint, EventTeller, complaints, event_of
+from netpol.enforce.events import complaints
 from netpol.k8s.errors import ApiError
+from netpol.k8s.events import Complaint, EventTeller, Subject, event_of
 from netpol.model.ids import ObjectKey
 from netpol.model.policy import Problem
 
@@ -29,6 +30,11 @@ class Server:
         return b"{}"
 
 
+def complaint(message: str, *, name: str = "db") -> Complaint:
+    key = ObjectKey("shop", name)
+    return Complaint(Subject("networking.k8s.io/v1", "NetworkPolicy", key, "u"), "Invalid", message)
+
+
 def test_an_invalid_policy_has_one_event_for_all_nodes_a_refused_one_for_each() -> None:
     told = complaints(
         {KEY: (Problem("spec.ingress[0]", "bad"),)},
@@ -49,20 +55,20 @@ def test_an_invalid_policy_has_one_event_for_all_nodes_a_refused_one_for_each() 
 
 
 def test_messages_and_names_stay_within_the_limits_of_the_api() -> None:
-    event = event_of(Complaint(ObjectKey("shop", "n" * 253), "u", "Invalid", "x" * 5000), "n1", NOW)
+    event = event_of(complaint("x" * 5000, name="n" * 253), "n1", NOW)
 
     assert len(event["message"]) == 1024
     assert len(event["metadata"]["name"]) <= 253
 
 
 async def test_each_complaint_is_told_once_also_when_another_node_was_first() -> None:
-    server, found = Server(), [Complaint(KEY, "u", "Invalid", "a")]
+    server, found = Server(), [complaint("a")]
     teller = EventTeller(server, node="n1", find=lambda: iter(found))
     task = asyncio.create_task(teller.run())
     teller.look()
     await asyncio.sleep(0.01)
     server.status = 409
-    found.append(Complaint(KEY, "u", "Invalid", "b"))
+    found.append(complaint("b"))
     teller.look()
     await asyncio.sleep(0.01)
     server.status = 0

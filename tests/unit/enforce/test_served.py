@@ -48,6 +48,12 @@ OWN = (packed("10.96.0.10"), packed("172.18.0.2"))
 # -- the choice ---------------------------------------------------------------------------------
 
 
+def test_marks_of_our_own_proxy_are_nothing_to_note() -> None:
+    marked = IpvsTable({VIP: frozenset()}, fwmarks=3)
+    assert served_by(marked, OWN, marks_are_ours=True).notes == ()
+    assert "3, judged" in served_by(marked, OWN).notes[0]
+
+
 def test_backends_elsewhere_are_let_through_also_none_at_all():
     found = served_by(
         table({VIP6: ["fd00:10:244::2"], VIP: ["10.244.1.20", "10.0.0.9"], LATE: []}), OWN
@@ -57,7 +63,8 @@ def test_backends_elsewhere_are_let_through_also_none_at_all():
 
 
 @pytest.mark.parametrize(
-    "backend", ["172.18.0.2", "10.96.0.10", "127.0.0.1", "169.254.20.10", "::1", "fe80::1"]
+    "backend",
+    ["172.18.0.2", "10.96.0.10", "10.96.0.11", "127.0.0.1", "169.254.20.10", "::1", "fe80::1"],
 )
 def test_one_backend_on_the_node_keeps_a_service_out(backend: str):
     found = served_by(table({VIP: ["10.244.1.20", backend], LATE: []}), OWN)

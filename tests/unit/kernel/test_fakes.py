@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from netpol.kernel.drivers import CreateSet, SetError, SetTransaction, TableError, TableTransaction
+from netpol.kernel.drivers import (
+    CreateSet,
+    ForeignRule,
+    SetError,
+    SetTransaction,
+    TableError,
+    TableTransaction,
+)
 from netpol.kernel.testing import FakeSets, FakeTables
+from netpol.model.ids import SERVICES
 from netpol.model.net import Family
-from netpol.model.ruleset import Drop, Rule
+from netpol.model.ruleset import Drop, Hook, Rule
+from tests.kernel.contract_owners import Meddle, OwnersContract
 from tests.kernel.contract_sets import M4, N4, S4, SetContract
 from tests.kernel.contract_tables import TableContract
 from tests.kernel.forms import CHAIN_A
@@ -27,6 +36,32 @@ class TestFakeTables(TableContract):
     @pytest.fixture
     def tables(self, sets: FakeSets) -> FakeTables:
         return FakeTables(sets=sets)
+
+
+class TestFakesOfTwoOwners(OwnersContract):
+    @pytest.fixture
+    def sets(self) -> FakeSets:
+        return FakeSets()
+
+    @pytest.fixture
+    def service_sets(self, sets: FakeSets) -> FakeSets:
+        return sets.seen_by(SERVICES)
+
+    @pytest.fixture
+    def tables(self, sets: FakeSets) -> FakeTables:
+        return FakeTables(sets=sets)
+
+    @pytest.fixture
+    def services(self, tables: FakeTables) -> FakeTables:
+        return tables.seen_by(SERVICES)
+
+    @pytest.fixture
+    def meddle(self, tables: FakeTables) -> Meddle:
+        def append(hook: Hook) -> None:
+            rules = tables.table("mangle", Family.V4).hooks.setdefault(hook, [])
+            rules.append(ForeignRule("-s 192.0.2.1/32 -j DROP"))
+
+        return append
 
 
 def test_a_planned_failure_stops_a_set_transaction_at_its_step() -> None:

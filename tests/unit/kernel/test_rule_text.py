@@ -14,13 +14,28 @@ from netpol.kernel.drivers import (
     ForeignRule,
     HookState,
     SetTransaction,
+    TableError,
     TableTransaction,
 )
 from netpol.kernel.rule_parse import parse_words, split_words
 from netpol.kernel.rule_text import canonical, quote, rule_text, rule_words, same_address_program
 from netpol.kernel.set_text import hashsize_for, maxelem_for, restore_text
-from netpol.kernel.table_text import parse_counters, parse_save, transaction_text
-from netpol.model.ids import ChainName, Protocol, SetName
+from netpol.kernel.table_text import (
+    parse_counters,
+    parse_save,
+    transaction_text,
+    without_others,
+)
+from netpol.model.ids import (
+    EVERYBODY,
+    POLICY,
+    ROUTES,
+    SERVICES,
+    ChainName,
+    Owner,
+    Protocol,
+    SetName,
+)
 from netpol.model.net import FAMILIES, Family, Prefix, parse_address, parse_prefix
 from netpol.model.ruleset import (
     AddressPort,
@@ -30,12 +45,15 @@ from netpol.model.ruleset import (
     Goto,
     Hook,
     HopLimit,
+    IcmpType,
     InInterface,
     IpProtocol,
+    IpvsSends,
     Jump,
     Limit,
     Log,
     MarkMatch,
+    Match,
     NetMatch,
     NetPair,
     PortSpan,
@@ -46,6 +64,7 @@ from netpol.model.ruleset import (
     SetMatch,
     SetSpec,
     Side,
+    TcpFlags,
 )
 from tests.kernel import forms
 
@@ -56,6 +75,24 @@ TCP = IpProtocol(Protocol.TCP)
 def test_every_form_survives_its_own_text(family: Family) -> None:
     for rule in forms.rules(family):
         assert parse_words(split_words(rule_text(rule, family))) == canonical(rule)
+
+
+def test_what_ipvs_sends_on_is_a_form_too() -> None:
+    """Not among the others, which every kernel is asked to take: xt_ipvs comes with IPVS."""
+    rule = Rule(Jump(forms.CHAIN_B), (TCP, IpvsSends()), "sent on")
+    for family in FAMILIES:
+        text = rule_text(rule, family)
+        assert text == '-p tcp -m ipvs --ipvs -m comment --comment "sent on" -j KNP-B'
+        assert parse_words(split_words(text)) == rule
+
+
+@pytest.mark.parametrize(
+    ("match", "family"),
+    [(IcmpType(8), Family.V4), (TcpFlags(("SYN",), ("SYN",)), Family.V4)],
+)
+def test_options_of_a_protocol_need_its_match(match: Match, family: Family) -> None:
+    with pytest.raises(ValueError, match="protocol match"):
+        rule_text(Rule(Drop(), (match,)), family)
 
 
 def test_a_rule_in_full() -> None:
@@ -125,7 +162,18 @@ def test_any_printable_comment_stays_one_word(comment: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "-j ACCEPT",
+        "-j QUEUE",
+        "-m ipvs ! --ipvs -j RETURN",
+        "-m conntrack --ctstate NEW --ctdir ORIGINAL -j RETURN",
+        "-m conntrack --ctdir REPLY -j RETURN",
+        "-m ipvs --vproto 6 -j RETURN",
+        "-j MASQUERADE",
+        "-j MASQUERADE --random-fully --to-ports 1-2",
+        "-p icmp -m icmp --icmp-type 3/1 -j RETURN",
+        "-p icmp -m icmp --icmp-type any -j RETURN",
+        "-j SET --map-set KNP-S dst,dst,src --map-mark",
+        "-p tcp -m tcp ! --tcp-flags SYN SYN -j DROP",
+        "-p tcp -m tcp --tcp-option 5 -j DROP",
         "-j KUBE-FORWARD",
         "-p tcp",
         "-p tcp -m tcp --sport 1 -j DROP",
@@ -226,7 +274,7 @@ SAVED = """\
 [3:4] -A FORWARD -j KUBE-X
 [3:4] -A PREROUTING -j KNP-A
 [5:6] -A KNP-A -m mark --mark 0x5 -j RETURN
-[7:8] -A KNP-A -p tcp -j ACCEPT
+[7:8] -A KNP-A -p tcp -j QUEUE
 [9:9] -A KUBE-X -j KNP-A
 COMMIT
 """
@@ -236,11 +284,87 @@ def test_only_our_part_of_a_table_is_read() -> None:
     plain = "\n".join(line.split("] ", 1)[-1] for line in SAVED.splitlines())
     dump = parse_save(plain.replace(":FORWARD DROP [7:8", ":FORWARD DROP [7:8]"))
     assert dump.chains == {
-        A: (Rule(Return(), (MarkMatch(5, 0xFFFFFFFF),)), ForeignRule("-p tcp -j ACCEPT")),
+        A: (Rule(Return(), (MarkMatch(5, 0xFFFFFFFF),)), ForeignRule("-p tcp -j QUEUE")),
         B: (),
     }
-    assert dump.hooks == {Hook.FORWARD: HookState(((2, A),))}
+    assert dump.hooks == {
+        Hook.FORWARD: HookState(((2, A),)),
+        Hook.PREROUTING: HookState(((1, A),)),
+    }
     assert parse_counters(SAVED) == {A: ((5, 6), (7, 8)), B: ()}
+
+
+TWO_OWNERS = """\
+*mangle
+:INPUT ACCEPT [0:0]
+:OUTPUT ACCEPT [0:0]
+:KNP-A - [0:0]
+:KNP-SVC-A - [0:0]
+:KNP-RT-A - [0:0]
+-A INPUT -j KNP-A
+-A INPUT -j KNP-SVC-A
+-A INPUT -j KNP-A
+-A INPUT -j KNP-RT-A
+-A OUTPUT -j KUBE-X
+-A OUTPUT -j KNP-A
+-A OUTPUT -j KNP-SVC-A
+-A KNP-A -j RETURN
+-A KNP-SVC-A -j DROP
+-A KNP-SVC-A -j KNP-SVC-A
+COMMIT
+"""
+SVC, RT = ChainName("KNP-SVC-A"), ChainName("KNP-RT-A")
+
+
+@pytest.mark.parametrize(
+    ("owner", "chain", "inputs", "outputs"),
+    [
+        (POLICY, A, HookState(((1, A), (3, A))), HookState(((2, A),))),
+        # Behind those that go first, but only those at the hook's head.
+        (SERVICES, SVC, HookState(((2, SVC),), place=2), HookState(((3, SVC),))),
+        (ROUTES, RT, HookState(((4, RT),), place=4), None),
+    ],
+    ids=["policy", "services", "routes"],
+)
+def test_each_owner_reads_its_own(
+    owner: Owner, chain: ChainName, inputs: HookState, outputs: HookState | None
+) -> None:
+    dump = parse_save(TWO_OWNERS, owner)
+    assert set(dump.chains) == {chain}
+    assert dump.hooks.get(Hook.INPUT) == inputs
+    assert dump.hooks.get(Hook.OUTPUT) == outputs
+    everything = parse_save(TWO_OWNERS, EVERYBODY)
+    assert everything.chains[chain] == dump.chains[chain]
+    assert len(everything.hooks[Hook.INPUT].jumps) == 4
+
+
+def test_what_policy_excludes_is_cut_out_of_the_text() -> None:
+    left = without_others(TWO_OWNERS, POLICY)
+    gone = {
+        ":KNP-SVC-A - [0:0]",
+        ":KNP-RT-A - [0:0]",
+        "-A KNP-SVC-A -j DROP",
+        "-A KNP-SVC-A -j KNP-SVC-A",
+    }
+    assert left.splitlines() == [line for line in TWO_OWNERS.splitlines() if line not in gone]
+    assert without_others(TWO_OWNERS, SERVICES) == TWO_OWNERS
+
+
+def test_a_transaction_touches_only_its_owners_chains() -> None:
+    theirs = TableTransaction("mangle", Family.V4, {SVC: ()})
+    with pytest.raises(TableError, match="not ours"):
+        transaction_text(theirs, POLICY)
+    with pytest.raises(TableError, match="not ours"):
+        transaction_text(TableTransaction("mangle", Family.V4, delete=(A,)), SERVICES)
+    state = {Hook.INPUT: HookState(((5, SVC),), place=2)}
+    moved = TableTransaction("mangle", Family.V4, {SVC: ()}, (), {Hook.INPUT: SVC}, state)
+    assert transaction_text(moved, SERVICES).splitlines() == [
+        "*mangle",
+        ":KNP-SVC-A - [0:0]",
+        "-D INPUT -j KNP-SVC-A",
+        "-I INPUT 2 -j KNP-SVC-A",
+        "COMMIT",
+    ]
 
 
 def test_set_transactions_in_full() -> None:
