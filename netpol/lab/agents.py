@@ -39,6 +39,21 @@ def missing() -> str | None:
     return None
 
 
+def missing_proxy() -> str | None:
+    """Return why no agent can serve Services here, or None; tries it in a namespace of its own."""
+    from netpol.kernel.ipvs_table import NetlinkIpvs
+    from netpol.kernel.netns import in_new_netns
+
+    def attempt() -> None:
+        NetlinkIpvs().close()
+
+    try:
+        in_new_netns(attempt)
+    except NetpolError as error:
+        return str(error)
+    return None
+
+
 def command(plan: LabPlan, node: NodePlan, *, api_url: str, path: Path) -> list[str]:
     """Return the command line of a node's agent; `path` is its token file."""
     agent = [sys.executable, "-m", "netpol"]
@@ -56,6 +71,12 @@ def command(plan: LabPlan, node: NodePlan, *, api_url: str, path: Path) -> list[
     }
     if plan.iptables:
         arguments["--iptables"] = plan.iptables
+    if plan.proxy:
+        arguments |= {
+            "--run-dir": str(node.state_dir / "run"),
+            "--service-ranges": ",".join(plan.service_cidrs),
+        }
+        agent.append("--proxy")
     # `ip netns exec` ends by exec: the pid is the agent's, with a /sys that shows its own links.
     inside = ["ip", "netns", "exec", node.netns]
     return inside + agent + [word for pair in arguments.items() for word in pair]

@@ -78,6 +78,9 @@ def _add_up_arguments(parser: argparse.ArgumentParser, *, manifests: bool = True
             "-f", "--filename", action="append", default=[], metavar="PATH", help="manifests"
         )
         parser.add_argument("--nodes", type=int, default=2, help="how many nodes (default: 2)")
+        parser.add_argument(
+            "--proxy", action="store_true", help="agents serve Services; the kernel must have IPVS"
+        )
         parser.add_argument("--no-agent", action="store_true", help="without netpol-agents")
         parser.add_argument(
             "--no-restart", action="store_true", help="leave an agent that ended ended"
@@ -125,7 +128,7 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 
 def _up(args: argparse.Namespace) -> int:
-    from netpol.lab import launch, objects
+    from netpol.lab import assets, launch, objects
     from netpol.lab.apiserver.resources import Kinds
     from netpol.lab.plan import LabPlan
 
@@ -137,8 +140,10 @@ def _up(args: argparse.Namespace) -> int:
         iptables=args.iptables,
         agent=not args.no_agent,
         restart_agents=not args.no_restart,
+        proxy=args.proxy,
         cni_bin_dir=args.cni_dir.absolute(),
     )
+    programs = assets.from_environment(os.environ)
     served = {(kind.api_version, kind.kind): kind.namespaced for kind in Kinds()}
     selection = objects.select(
         objects.read(args.filename), nodes=[node.name for node in plan.nodes], served=served
@@ -146,13 +151,15 @@ def _up(args: argparse.Namespace) -> int:
     for note in selection.notes:
         _say(note)
     launch.require_root()
+    if plan.proxy:
+        _require_proxy()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
 
     def say(text: str) -> None:
         _say(f"[{time.monotonic() - began:5.1f} s] {text}")
 
-    launch.up(plan, selection, timeout_s=args.timeout_s, say=say)
+    launch.up(plan, selection, timeout_s=args.timeout_s, say=say, assets=programs)
     pods = sum(m.obj["kind"] == "Pod" for m in selection.manifests)
     elapsed_s = time.monotonic() - began
     print(f"lab {plan.name!r} is up: {plan.node_count} nodes, {pods} pods, {elapsed_s:.1f} s")
@@ -161,6 +168,18 @@ def _up(args: argparse.Namespace) -> int:
     print(f"netpol-ctl lab probe{flag}   # who reaches whom, by real packets")
     print(f"netpol-ctl lab down{flag}    # removes all of it")
     return 0
+
+
+def _require_proxy() -> None:
+    from netpol.lab import agents
+
+    fault = agents.missing_proxy()
+    if fault is not None:
+        raise NoAnswerError(
+            "--proxy: this machine's kernel cannot serve Services",
+            needed="a kernel with IPVS, or no --proxy (headless Services resolve all the same)",
+            got=fault,
+        )
 
 
 def _down(args: argparse.Namespace) -> int:
@@ -216,7 +235,8 @@ def _status(args: argparse.Namespace) -> int:
         ]
         for line in _columns(rows):
             print(f"  {line}")
-    print(f"\nAPI server {answer['api_server']}, KUBECONFIG={answer['kubeconfig']}")
+    server = f"{answer['api_server']} ({answer['api_server_program']})"
+    print(f"\nAPI server {server}, KUBECONFIG={answer['kubeconfig']}")
     print(f"Service addresses {answer['service_addresses']}.")
     return 0
 

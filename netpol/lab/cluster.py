@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from netpol.lab import objects, podstatus
-from netpol.lab.apiserver import ApiError, Store
+from netpol.lab.apiserver import ApiError
+from netpol.lab.objectstore import ObjectStore
 from netpol.lab.plan import LabPlan
 from netpol.lib.errors import InputError, KernelMissingError
 
@@ -25,7 +26,7 @@ _RBAC = "rbac.authorization.k8s.io"
 _TOOLS = ("iptables", "iptables-save", "iptables-restore")
 
 
-def create_objects(store: Store, plan: LabPlan, spec: Obj) -> int:
+def create_objects(store: ObjectStore, plan: LabPlan, spec: Obj) -> int:
     """Create Nodes, rights and manifests; return the number of pods.
 
     Raises:
@@ -44,7 +45,7 @@ def create_objects(store: Store, plan: LabPlan, spec: Obj) -> int:
     return pods
 
 
-def _create(store: Store, source: str, obj: Obj) -> None:
+def _create(store: ObjectStore, source: str, obj: Obj) -> None:
     try:
         try:
             store.create(obj, manager="lab")
@@ -59,7 +60,7 @@ def _create(store: Store, source: str, obj: Obj) -> None:
         raise InputError(source, got=f"refused by the API server: {error.message}") from error
 
 
-def _create_rights(store: Store) -> None:
+def _create_rights(store: ObjectStore) -> None:
     """Create what manifests/rbac.yaml says, or let the agents do everything where there is none."""
     file = _MANIFESTS / "rbac.yaml"
     if file.exists():
@@ -84,12 +85,12 @@ def _create_rights(store: Store) -> None:
     )
 
 
-def agent_account(store: Store) -> tuple[str, str]:
+def agent_account(store: ObjectStore) -> tuple[str, str]:
     """Return namespace and name of the agents' ServiceAccount."""
     return _bound_account(store) or AGENT_ACCOUNT
 
 
-def _bound_account(store: Store) -> tuple[str, str] | None:
+def _bound_account(store: ObjectStore) -> tuple[str, str] | None:
     """Return the ServiceAccount that a binding of ours names."""
     for binding in store.list(f"clusterrolebindings.{_RBAC}"):
         if "netpol" in binding["metadata"]["name"]:
@@ -99,7 +100,7 @@ def _bound_account(store: Store) -> tuple[str, str] | None:
     return None
 
 
-def renew_leases(store: Store, plan: LabPlan) -> None:
+def renew_leases(store: ObjectStore, plan: LabPlan) -> None:
     """Renew the heartbeats of all nodes."""
     body = {"spec": {"renewTime": _now_micro()}}
     for node in plan.nodes:

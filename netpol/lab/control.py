@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from netpol.lab.apiserver.errors import ApiError
 from netpol.lib.errors import InputError, NetpolError, NoAnswerError
 
 Obj = dict[str, Any]
@@ -68,6 +69,8 @@ class ControlServer:
             return {"ok": True} | await operation(request)
         except NetpolError as error:
             return {"ok": False, "error": str(error), "exit_code": error.exit_code}
+        except ApiError as error:
+            return {"ok": False, "error": f"the API server: {error.message}", "exit_code": 3}
         except (ValueError, KeyError, TypeError) as error:
             return {"ok": False, "error": f"unusable request: {error!r}", "exit_code": 2}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from netpol.lab.apiserver.errors import ApiError
 from netpol.lab.apiserver.history import CompactedError
-from netpol.lab.apiserver.store import Store
+from netpol.lab.objectstore import ObjectStore
 from netpol.lib.naming import digest
 
 Obj = dict[str, Any]
@@ -153,7 +153,7 @@ def _slice(
 class SliceController:
     """Keeps the slices of all Services with a selector as `slices_for` says."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._dirty: set[str] = set()
         self._wake = asyncio.Event()

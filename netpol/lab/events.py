@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from netpol.lab.apiserver.errors import ApiError
-from netpol.lab.apiserver.store import Store
+from netpol.lab.objectstore import ObjectStore
 from netpol.lib.naming import digest
 
 Obj = dict[str, Any]
@@ -22,7 +22,7 @@ class Recorder:
         component: who says it.
     """
 
-    def __init__(self, store: Store, component: str) -> None:
+    def __init__(self, store: ObjectStore, component: str) -> None:
         self._store = store
         self._component = component
 

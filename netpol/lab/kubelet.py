@@ -19,9 +19,9 @@ from netpol.kernel.netns import in_netns
 from netpol.lab import network, podstatus, spaces
 from netpol.lab.apiserver.errors import ApiError
 from netpol.lab.apiserver.history import CompactedError
-from netpol.lab.apiserver.store import Store
 from netpol.lab.cni import CniRuntime
 from netpol.lab.events import Recorder
+from netpol.lab.objectstore import ObjectStore
 from netpol.lab.plan import LabPlan, NodePlan
 from netpol.lab.podserver import PodServers
 from netpol.lib.errors import NetpolError
@@ -32,6 +32,7 @@ Obj = dict[str, Any]
 
 _RETRY_S = (0.5, 1.0, 2.0, 5.0)
 _OVER = ("Succeeded", "Failed")
+_CONFLICTS_MAX = 5  # a real API server lets somebody else write between our read and our write
 
 
 class PodView(NamedTuple):
@@ -80,7 +81,7 @@ class Kubelet:
     def __init__(
         self,
         *,
-        store: Store,
+        store: ObjectStore,
         plan: LabPlan,
         runtimes: Mapping[str, CniRuntime],
         servers: PodServers,
@@ -250,16 +251,20 @@ class Kubelet:
         self._write_status(life, status)
 
     def _write_status(self, life: _Life, status: Obj) -> bool:
-        try:
-            current = self._store.get("pods", life.key.name, life.key.namespace)
-            if current["metadata"]["uid"] != life.obj["metadata"]["uid"]:
-                return False
-            self._store.update(current | {"status": status}, subresource="status")
-        except ApiError as error:
-            if error.code != 404:
-                raise NetpolError(f"status of pod {life.key}", got=error.message) from error
-            return False
-        return True
+        for _ in range(_CONFLICTS_MAX):
+            try:
+                current = self._store.get("pods", life.key.name, life.key.namespace)
+                if current["metadata"]["uid"] != life.obj["metadata"]["uid"]:
+                    return False
+                self._store.update(current | {"status": status}, subresource="status")
+            except ApiError as error:
+                if error.code == 404:
+                    return False
+                if error.code != 409:
+                    raise NetpolError(f"status of pod {life.key}", got=error.message) from error
+            else:
+                return True
+        raise NetpolError(f"status of pod {life.key}", got=f"{_CONFLICTS_MAX} conflicts in a row")
 
     def _delete_object(self, uid: str, life: _Life) -> None:
         if life.gone or "deletionTimestamp" not in life.obj["metadata"]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from netpol.lab import network, processes, spaces
+from netpol.lab.assets import Assets
 from netpol.lab.objects import Selection
 from netpol.lab.plan import STATE_ROOT, LabPlan, check_name, netns_prefix
 from netpol.lib.errors import InputError, NetpolError, NoAnswerError
@@ -27,7 +28,7 @@ Obj = dict[str, Any]
 
 _POLL_S = 0.02
 _SUPERVISOR_GRACE_S = 2.0
-_GRACE_S = 5.0  # beyond --timeout-s, for a supervisor that cannot say so itself
+_GRACE_S = 5.0  # beyond its time-outs, for a supervisor that cannot say so itself
 
 SPEC = "spec.json"
 PROGRESS = "progress.jsonl"
@@ -66,7 +67,12 @@ def leftovers(name: str, *, state_root: Path = STATE_ROOT) -> bool:
 
 
 def up(
-    plan: LabPlan, selection: Selection, *, timeout_s: float, say: Callable[[str], None]
+    plan: LabPlan,
+    selection: Selection,
+    *,
+    timeout_s: float,
+    say: Callable[[str], None],
+    assets: Assets | None = None,
 ) -> None:
     """Start a lab and wait until all of it is ready; on failure nothing is left.
 
@@ -75,13 +81,14 @@ def up(
         selection: what is created in it.
         timeout_s: how long it may take.
         say: told about the progress, a line at a time.
+        assets: the programs of a real API server; None for the embedded one.
 
     Raises:
         InputError: It is up already, or the API server refuses a manifest.
         NetpolError: It did not become ready; the message says why.
     """
     with _only_one(plan):
-        _up(plan, selection, timeout_s=timeout_s, say=say)
+        _up(plan, selection, timeout_s=timeout_s, say=say, assets=assets)
 
 
 @contextlib.contextmanager
@@ -96,7 +103,12 @@ def _only_one(plan: LabPlan) -> Iterator[None]:
 
 
 def _up(
-    plan: LabPlan, selection: Selection, *, timeout_s: float, say: Callable[[str], None]
+    plan: LabPlan,
+    selection: Selection,
+    *,
+    timeout_s: float,
+    say: Callable[[str], None],
+    assets: Assets | None,
 ) -> None:
     if is_up(plan.name, state_root=plan.state_root):
         flag = "" if plan.name == "lab" else f" --name {plan.name}"
@@ -112,9 +124,11 @@ def _up(
     state.mkdir(mode=0o700)
     ready = False
     try:
-        _write_spec(plan, selection, timeout_s=timeout_s)
+        _write_spec(plan, selection, timeout_s=timeout_s, assets=assets)
         supervisor = _start(plan)
-        _wait(plan, supervisor, timeout_s=timeout_s, say=say)
+        # A real API server has the same time again for its own start.
+        longest_s = timeout_s if assets is None else 2 * timeout_s
+        _wait(plan, supervisor, timeout_s=longest_s, say=say)
         ready = True
     finally:
         if not ready:
@@ -122,10 +136,13 @@ def _up(
             down(plan.name, state_root=plan.state_root)
 
 
-def _write_spec(plan: LabPlan, selection: Selection, *, timeout_s: float) -> None:
+def _write_spec(
+    plan: LabPlan, selection: Selection, *, timeout_s: float, assets: Assets | None
+) -> None:
     spec = {
         "plan": plan.as_json(),
         "timeout_s": timeout_s,
+        "assets": assets,
         "node_labels": selection.node_labels,
         "manifests": [{"source": m.source, "obj": m.obj} for m in selection.manifests],
     }

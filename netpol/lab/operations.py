@@ -67,10 +67,11 @@ class Operations:
                 say(text)
 
         while True:
-            waiting = self._waiting_pods()
+            pods = self._lab.store.list("pods")
+            waiting = self._waiting_pods(pods)
             lines = await self._lab.agents.describe()
             late = [line for line in lines if not line["ready"]]
-            total = len(self._lab.store.list("pods"))
+            total = len(pods)
             text = f"{total - len(waiting)} of {total} pods run"
             if lines:
                 text += f", {len(lines) - len(late)} of {len(lines)} agents are ready"
@@ -97,10 +98,10 @@ class Operations:
                 missing.append(f"agent on {line['node']}{why}")
         return missing
 
-    def _waiting_pods(self) -> list[Waiting]:
+    def _waiting_pods(self, pods: list[Obj] | None = None) -> list[Waiting]:
         views = {view.uid: view for view in self._lab.kubelet.pods()}
         waiting = []
-        for pod in self._lab.store.list("pods"):
+        for pod in self._lab.store.list("pods") if pods is None else pods:
             meta = pod["metadata"]
             name = f"pod {meta['namespace']}/{meta['name']}"
             status = pod.get("status") or {}
@@ -132,8 +133,8 @@ class Operations:
                     lagging = moving
                     await asyncio.sleep(_POLL_S)
                 rv = self._lab.store.resource_version
-                self._lab.store.bookmark_all()
-                while lagging := await self._lagging(rv):
+                needed = await self._lab.api.horizon(rv)
+                while lagging := await self._lagging(needed):
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise NoAnswerError(
@@ -143,7 +144,7 @@ class Operations:
             ) from None
         return {"resource_version": rv}
 
-    async def _lagging(self, rv: int) -> list[str]:
+    async def _lagging(self, needed: Callable[[Obj], int]) -> list[str]:
         """Return what the agents have not seen or applied yet.
 
         Raises:
@@ -166,7 +167,7 @@ class Operations:
             elif isinstance(answer, BaseException):
                 raise answer
             else:
-                lagging.extend(f"{where}: {text}" for text in behind(answer, rv))
+                lagging.extend(f"{where}: {text}" for text in behind(answer, needed))
         return lagging
 
     # Reports
@@ -177,6 +178,7 @@ class Operations:
             "name": plan.name,
             "pid": os.getpid(),
             "api_server": lab.api.url,
+            "api_server_program": lab.api.program or "embedded",
             "kubeconfig": str(plan.state_dir / "kubeconfig"),
             "state_dir": str(plan.state_dir),
             "iptables": plan.iptables or "as the machine",
@@ -194,7 +196,9 @@ class Operations:
             "agents": await lab.agents.describe(),
             "pods": self._pod_lines(),
             "waiting": [waiting.text for waiting in self._waiting_pods()],
-            "service_addresses": "need the proxy, which this version does not have",
+            "service_addresses": "are served by the agents"
+            if plan.proxy
+            else "need the proxy (lab up --proxy), which needs a kernel with IPVS",
         }
 
     async def _pods(self, _: Obj) -> Obj:
@@ -251,11 +255,16 @@ class Operations:
         return {}
 
 
-def behind(status: Obj, rv: int) -> list[str]:
-    """Return what an agent's status says it has not seen or applied of a resourceVersion."""
+def behind(status: Obj, needed: Callable[[Obj], int]) -> list[str]:
+    """Return what an agent's status says it has not seen or applied yet.
+
+    Args:
+        status: of the agent.
+        needed: the resourceVersion that a watch must have seen, by its line in the status.
+    """
     missing = []
     for watch in status.get("watches") or ():
-        seen = int(watch.get("resource_version") or 0)
+        seen, rv = int(watch.get("resource_version") or 0), needed(watch)
         if not watch.get("synced") or seen < rv:
             missing.append(f"its watch of {watch.get('kind')} is at {seen}, needs {rv}")
     if not status.get("ready"):

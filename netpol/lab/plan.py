@@ -72,6 +72,7 @@ class LabPlan:
         iptables: "nft", "legacy" or "" for what the machine uses.
         agent: whether an agent runs on every node.
         restart_agents: whether an agent that ended is started again.
+        proxy: whether the agents serve Services, too.
     """
 
     name: str = DEFAULT_NAME
@@ -80,6 +81,7 @@ class LabPlan:
     iptables: str = ""
     agent: bool = True
     restart_agents: bool = True
+    proxy: bool = False
     cni_bin_dir: Path = DEFAULT_CNI_BIN_DIR
     state_root: Path = STATE_ROOT
 
@@ -154,6 +156,7 @@ class LabPlan:
             "iptables": self.iptables,
             "agent": self.agent,
             "restart_agents": self.restart_agents,
+            "proxy": self.proxy,
             "cni_bin_dir": str(self.cni_bin_dir),
             "state_root": str(self.state_root),
         }

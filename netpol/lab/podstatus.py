@@ -19,6 +19,9 @@ Obj = dict[str, Any]
 #: What `kubectl get nodes` shows as the kubelet's version; the API server speaks 1.34's objects.
 KUBELET_VERSION = "v1.34.0-netpol-lab"
 
+#: Where a real API server finds the kubelets.
+KUBELET_PORT = 10250
+
 
 def running(pod: Obj, *, addresses: Sequence[str], host_addresses: Sequence[str], now: str) -> Obj:
     """Return the status of a pod whose containers run and are ready."""
@@ -171,6 +174,7 @@ def node_object(node: NodePlan, *, now: str) -> Obj:
             "capacity": resources,
             "allocatable": resources,
             "conditions": [condition],
+            "daemonEndpoints": {"kubeletEndpoint": {"Port": KUBELET_PORT}},
             "nodeInfo": {
                 "architecture": machine,
                 "operatingSystem": "linux",

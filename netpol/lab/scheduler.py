@@ -12,8 +12,8 @@ from typing import Any
 
 from netpol.lab.apiserver.errors import ApiError
 from netpol.lab.apiserver.history import CompactedError, Key
-from netpol.lab.apiserver.store import Store
 from netpol.lab.events import Recorder
+from netpol.lab.objectstore import ObjectStore
 
 Obj = dict[str, Any]
 
@@ -33,7 +33,7 @@ def choose(pod: Obj, nodes: list[Obj], load: Counter[str]) -> str | None:
 class Scheduler:
     """Follows Pods and Nodes."""
 
-    def __init__(self, store: Store, recorder: Recorder) -> None:
+    def __init__(self, store: ObjectStore, recorder: Recorder) -> None:
         self._store = store
         self._recorder = recorder
 

@@ -19,9 +19,11 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from netpol.lab import agents, cluster, cni, names, network, processes, spaces
+from netpol.lab import agents, cluster, cni, names, network, processes
 from netpol.lab.agents import Agent, AgentSet
-from netpol.lab.apiserver import ADMIN, ApiServer
+from netpol.lab.apis import EmbeddedApi, LabApi
+from netpol.lab.apiserver import ApiError
+from netpol.lab.assets import Assets
 from netpol.lab.control import ControlServer
 from netpol.lab.endpointslices import SliceController
 from netpol.lab.events import Recorder
@@ -83,14 +85,7 @@ class Supervisor:
             entries=self._names,
             servers=self.servers,
         )
-        self._token = secrets.token_urlsafe(32)
-        self.api = ApiServer(
-            tokens={self._token: ADMIN},
-            exec_hook=self._commands.exec,
-            log_hook=self._commands.logs,
-            tls=True,
-            service_cidrs=plan.service_cidrs,
-        )
+        self.api = self._make_api(secrets.token_urlsafe(32))
         self.store = self.api.store
         path = cluster.iptables_path(plan, PATH)
         self._runtimes: dict[str, cni.CniRuntime] = {}
@@ -104,6 +99,25 @@ class Supervisor:
         )
         self.agents = AgentSet([], restart=False)
 
+    def _make_api(self, token: str) -> LabApi:
+        plan, assets = self._plan, self._spec["assets"]
+        if assets is None:
+            return EmbeddedApi(plan, self._commands, token)
+        from netpol.lab.nodeapi import NodeApi  # what few labs need is loaded by those
+        from netpol.lab.realapi import RealApi
+
+        return RealApi(
+            plan,
+            Assets(*assets),
+            node_api=NodeApi(
+                plan.nodes,
+                commands=self._commands,
+                pod=lambda key: self.kubelet.pod(key),  # noqa: PLW0108 - it is made below
+            ),
+            token=token,
+            timeout_s=float(self._spec["timeout_s"]),
+        )
+
     async def up(self) -> None:
         """Build everything in order, then wait until all pods and agents are ready.
 
@@ -114,15 +128,20 @@ class Supervisor:
         if plan.agent and (why := agents.missing()):
             raise NoAnswerError(why)
         cni.check_plugins(plan.cni_bin_dir)
-        created = cluster.create_objects(self.store, plan, self._spec)
         say(f"network of {plan.node_count} nodes")
         await asyncio.to_thread(network.up, plan)
+        if self._spec["assets"] is not None:
+            say(f"the API server {self.api.program}")
+        await self.api.start()
+        self.api.kubeconfig(plan.state_dir / "kubeconfig")
+        created = cluster.create_objects(self.store, plan, self._spec)
+        for part in self.api.parts():
+            self._run(part)
         for node in plan.nodes:
             cni.write_conflist(node)
             self._runtimes[node.name] = cni.CniRuntime(
                 node, bin_dir=plan.cni_bin_dir, path=self._env["PATH"]
             )
-        await self._serve_api()
         await self._start_agents()
         self._run(Scheduler(self.store, Recorder(self.store, "default-scheduler")).run())
         self._run(SliceController(self.store).run())
@@ -136,15 +155,6 @@ class Supervisor:
         async with asyncio.timeout(float(self._spec["timeout_s"])):
             await operations.wait_ready(say)
 
-    async def _serve_api(self) -> None:
-        """Listen on the machine's loopback for kubectl, and on the lab's own wire for the agents."""
-        plan = self._plan
-        await self.api.start()
-        for address in plan.switch_addresses:
-            wire = spaces.listen(plan.switch_netns, address, API_PORT)
-            await self.api.serve_socket(wire)
-        self.api.kubeconfig(plan.state_dir / "kubeconfig", self._token)
-
     async def _start_agents(self) -> None:
         plan = self._plan
         if not plan.agent:
@@ -154,7 +164,7 @@ class Supervisor:
         found = []
         for node in plan.nodes:
             token_file = node.state_dir / "token"
-            processes.replace_text(token_file, self.api.token_for(*account))
+            processes.replace_text(token_file, await self.api.token_for(*account))
             line = agents.command(plan, node, api_url=url, path=token_file)
             env = self._env | {"XTABLES_LOCKFILE": str(node.xtables_lockfile)}
             if "PYTHONPATH" in os.environ:
@@ -175,7 +185,10 @@ class Supervisor:
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(_HEARTBEAT_S)
-            cluster.renew_leases(self.store, self._plan)
+            try:
+                cluster.renew_leases(self.store, self._plan)
+            except ApiError as error:
+                print(f"supervisor: leases: {error.message}", flush=True)  # the next ones may do
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -199,6 +212,7 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.api.close()
 
 
 async def _main(state_dir: Path) -> int:
@@ -218,6 +232,9 @@ async def _main(state_dir: Path) -> int:
         return 1
     except NetpolError as error:
         progress.failed(str(error), error.exit_code)
+        return 1
+    except ApiError as error:
+        progress.failed(f"the API server: {error.message}", 3)
         return 1
     progress.ready()
     await supervisor.stopped.wait()

@@ -20,6 +20,7 @@ class Lab:
     def __init__(self, tag: str) -> None:
         self.name = f"{tag}{os.getpid() % 10000}"
         self.kubeconfig = ""
+        self.env: dict[str, str] = {}  # beside what the tests were started with
 
     def up(self, *args: str, manifests: list[Json] | None = None, tmp: Path | None = None) -> None:
         words = ["lab", "up", "--name", self.name, *args]
@@ -43,7 +44,7 @@ class Lab:
             text=True,
             timeout=120,
             check=False,
-            env={**os.environ, "KUBECONFIG": self.kubeconfig},
+            env={**os.environ, **self.env, "KUBECONFIG": self.kubeconfig},
         )
 
     def kubectl(self, *args: str, stdin: str | None = None) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from netpol.admin import client
 from netpol.lab import control
 from netpol.lab.plan import STATE_ROOT
 from tests.e2e.labs import Dice, Lab, nine_pods
@@ -48,15 +50,18 @@ class Boot:
         (self.conf / "10-x.conflist").write_text(text)
 
     @contextlib.contextmanager
-    def agent(self, *more: str) -> Iterator[subprocess.Popen[str]]:
-        """Start an agent; it is killed at the end."""
+    def agent(self, *more: str, path: str = "") -> Iterator[subprocess.Popen[str]]:
+        """Start an agent, with the programs of a path if given; it is killed at the end."""
         words = [sys.executable, "-m", "netpol", "--node", "n1", "--health-addr", ""]
         words += ["--api-server", "http://127.0.0.1:1", "--state-dir", str(self.tmp / "state")]
         words += ["--admin-socket", str(self.tmp / "agent.sock"), "--cni-conf-dir", str(self.conf)]
         words += ["--audit-log", "", "--xtables-lockfile", str(self.tmp / "lock"), *more]
         self.attach("nomaster")
         with subprocess.Popen(
-            ["ip", "netns", "exec", self.bridge.node, *words], stderr=subprocess.PIPE, text=True
+            ["ip", "netns", "exec", self.bridge.node, *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **({"PATH": path} if path else {})},
         ) as process:
             try:
                 yield process
@@ -73,11 +78,11 @@ class Boot:
         at = self.bridge.texts(1)[0 if family == 4 else 1]
         return reaches(self.bridge.pods[0], self.bridge.pods[1], at)
 
-    def held(self, timeout_s: float = 10.0) -> bool:
-        """Wait until the rules of both families are there."""
+    def held(self, *families: int, timeout_s: float = 10.0) -> bool:
+        """Wait until the rules of families (by default both) are there."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if all("/" in self.entries(family) for family in (4, 6)):
+            if all("/" in self.entries(family) for family in families or (4, 6)):
                 self.attach("master", "br0")
                 return True
             time.sleep(0.1)
@@ -112,6 +117,29 @@ def test_a_fresh_node_holds_its_pods_before_it_reaches_the_api_server(
         assert not boot.passes(6)
     assert not boot.passes(4), "a killed agent leaves its rules"
     assert not boot.passes(6)
+
+
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+def test_a_node_without_ip6tables_holds_its_ipv4(boot: Boot, variant: str) -> None:
+    boot.conflist()
+    programs = boot.tmp / "programs"
+    programs.mkdir()
+    tools = [f"iptables-{v}-{what}" for v in ("nft", "legacy") for what in ("save", "restore")]
+    for name in ("ip", "ipset", "iptables", *tools):
+        (programs / name).symlink_to(shutil.which(name) or "")
+    with boot.agent("--iptables", variant, path=str(programs)):
+        assert boot.held(4)
+        assert not boot.passes(4)
+        assert boot.passes(6), "without rules nothing is held"
+        assert not boot.entries(6)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            status = client.call(str(boot.tmp / "agent.sock"), "status")
+            if any(f"ip6tables-{variant}" in e for e in status["errors"]):
+                break
+            time.sleep(0.1)
+        assert any(f"IPv6: running ip6tables-{variant}" in e for e in status["errors"]), status
+        assert not status["ready"]
 
 
 def test_the_ranges_come_from_the_last_state_file_where_there_is_no_conflist(boot: Boot) -> None:

@@ -328,8 +328,8 @@ class ServiceAddresses:
                 return [Cause(field, "FieldValueInvalid", text)]
             if not inside or (address in self._used and address not in own):
                 why = "already allocated" if inside else f"not in the range {self._ranges[family]}"
-                text = f'Invalid value: "{address}": failed to allocate IP {address}: {why}'
-                return [Cause(field, "FieldValueInvalid", text)]
+                text = f'Invalid value: ["{address}"]: failed to allocate IP {address}: {why}'
+                return [Cause("spec.clusterIPs", "FieldValueInvalid", text)]
             addresses.append(address)
         spec["clusterIP"], spec["clusterIPs"] = addresses[0], addresses
         return []

@@ -206,32 +206,63 @@ async def _exec(request: web.Request, pod: Obj, container: str, hooks: Hooks) ->
         raise errors.bad_request("you must specify at least 1 command")
     socket = web.WebSocketResponse(protocols=PROTOCOLS, max_msg_size=0)
     await socket.prepare(request)
-    try:
-        process = await hooks.exec(wanted)
-    except (OSError, errors.ApiError) as fault:
-        await _send_status(socket, _failure(f"error executing command in container: {fault}"))
-        await socket.close()
-        return socket
-    channels = _Channels(socket, process, wanted)
-    try:
-        await channels.run()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    await run_exec(wanted, hooks.exec, send=socket.send_bytes, messages=_messages(socket))
     await socket.close()
     return socket
 
 
+async def _messages(socket: web.WebSocketResponse) -> AsyncIterator[bytes]:
+    async for message in socket:
+        if message.type is WSMsgType.TEXT:
+            yield message.data.encode()
+        elif message.type is WSMsgType.BINARY:
+            yield message.data
+
+
+async def run_exec(
+    wanted: ExecRequest,
+    start: Callable[[ExecRequest], Awaitable[Process]],
+    *,
+    send: Callable[[bytes], Awaitable[None]],
+    messages: AsyncIterator[bytes],
+) -> None:
+    """Run a command between channels, whatever carries them; it is ended when the client is gone.
+
+    Args:
+        wanted: the command.
+        start: starts it.
+        send: takes a message to the client: the number of a channel, then bytes.
+        messages: those from the client.
+    """
+    try:
+        process = await start(wanted)
+    except (OSError, errors.ApiError) as fault:
+        failure = _failure(f"error executing command in container: {fault}")
+        await send(bytes((ERROR,)) + encode(failure))
+        return
+    try:
+        await _Channels(process, wanted, send=send, messages=messages).run()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 class _Channels:
-    """The pumps between one WebSocket and one process."""
+    """The pumps between one client and one process."""
 
     def __init__(
-        self, socket: web.WebSocketResponse, process: Process, wanted: ExecRequest
+        self,
+        process: Process,
+        wanted: ExecRequest,
+        *,
+        send: Callable[[bytes], Awaitable[None]],
+        messages: AsyncIterator[bytes],
     ) -> None:
-        self._socket = socket
         self._process = process
         self._wanted = wanted
+        self._send = send
+        self._messages = messages
 
     async def run(self) -> None:
         """Pump until the process has ended and its output is sent, or the client is gone."""
@@ -241,7 +272,7 @@ class _Channels:
             await asyncio.wait({incoming, work}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 return  # the client is gone
-            await _send_status(self._socket, _exit_status(work.result()))
+            await self._send(bytes((ERROR,)) + encode(_exit_status(work.result())))
         except ConnectionResetError:
             return  # the client is gone
         finally:
@@ -259,20 +290,14 @@ class _Channels:
         if reader is None:
             return
         while data := await reader.read(_CHUNK_BYTES):
-            await self._socket.send_bytes(bytes((channel,)) + data)
+            await self._send(bytes((channel,)) + data)
 
     async def _incoming(self) -> None:
         writer = self._process.stdin
         if not self._wanted.stdin and writer is not None:
             writer.close()
             writer = None
-        async for message in self._socket:
-            if message.type is WSMsgType.TEXT:
-                data = message.data.encode()
-            elif message.type is WSMsgType.BINARY:
-                data = message.data
-            else:
-                continue
+        async for data in self._messages:
             if not data:
                 continue
             channel, rest = data[0], data[1:]
@@ -294,10 +319,6 @@ async def _write(writer: Writer, data: bytes) -> Writer | None:
     except (BrokenPipeError, ConnectionResetError):
         return None
     return writer
-
-
-async def _send_status(socket: web.WebSocketResponse, status: Obj) -> None:
-    await socket.send_bytes(bytes((ERROR,)) + encode(status))
 
 
 def _failure(message: str) -> Obj:

@@ -210,7 +210,10 @@ class ObjectCalls:
         return answer(request, encode(body | {"status": status}), status=201)
 
     def _bind(self, request: web.Request, call: Call, body: Obj) -> web.StreamResponse:
-        name = call.name or str((body.get("metadata") or {}).get("name"))
+        named = str((body.get("metadata") or {}).get("name") or "")
+        name = call.name or named
+        if named != name:
+            raise errors.bad_request("name in URL does not match name in Binding object")
         key = Key(call.namespace or "", name)
         node = (body.get("target") or {}).get("name")
         if not node:

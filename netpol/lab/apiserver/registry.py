@@ -173,6 +173,12 @@ class Registry:
         if subresource == "status":
             obj = old | {"status": obj.get("status") or {}}
             obj["metadata"] = dict(old["metadata"])
+            if not resource.group:
+                # The core kinds take these with a status too; of the spec and all else nothing.
+                for name in ("labels", "annotations", "finalizers"):
+                    obj["metadata"].pop(name, None)
+                    if meta.get(name):
+                        obj["metadata"][name] = meta[name]
         else:
             for system in _SYSTEM_FIELDS:
                 meta.pop(system, None)

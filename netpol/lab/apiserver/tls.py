@@ -1,7 +1,8 @@
 """HTTPS with a CA of its own, made at start and kept in memory.
 
-Owns the two certificates and the server's SSL context. kubectl sends a token over HTTPS only, and no
-tool to make certificates is sure to be there, so they are written here in DER (X.509, RFC 5280).
+Owns the certificates of the CA, of servers and of clients, and the server's SSL context. kubectl sends a
+token over HTTPS only, and no tool to make certificates is sure to be there, so they are written here in
+DER (X.509, RFC 5280).
 """
 
 import base64
@@ -30,6 +31,8 @@ _BASIC_CONSTRAINTS = "2.5.29.19"
 _AUTHORITY_KEY_ID = "2.5.29.35"
 _EXTENDED_KEY_USAGE = "2.5.29.37"
 _SERVER_AUTH = "1.3.6.1.5.5.7.3.1"
+_CLIENT_AUTH = "1.3.6.1.5.5.7.3.2"
+_CA_NAME = "netpol-lab-ca"
 _INTEGER, _BITS, _OCTETS, _OID, _UTF8, _SEQUENCE, _SET = 2, 3, 4, 6, 12, 48, 49
 _TRUE = b"\x01\x01\xff"
 
@@ -41,26 +44,64 @@ class Identity(NamedTuple):
     ca_pem: bytes
 
 
+class Issued(NamedTuple):
+    """A certificate and its private key, as PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+class Authority:
+    """A CA that was made just now; its key is never written anywhere."""
+
+    def __init__(self) -> None:
+        self._key = p256.generate()
+        own = _certificate(_CA_NAME, self._key, issuer=_CA_NAME, issuer_key=self._key)
+        self.ca_pem = _pem("CERTIFICATE", own)
+
+    def server(self, name: str, addresses: tuple[str, ...]) -> Issued:
+        """Return the certificate of a server at these addresses, and at localhost."""
+        return self._issue(name, usage=_SERVER_AUTH, addresses=addresses)
+
+    def client(self, name: str) -> Issued:
+        """Return the certificate of a client of that name."""
+        return self._issue(name, usage=_CLIENT_AUTH)
+
+    def _issue(self, name: str, *, usage: str, addresses: tuple[str, ...] = ()) -> Issued:
+        key = p256.generate()
+        der = _certificate(
+            name, key, issuer=_CA_NAME, issuer_key=self._key, usage=usage, addresses=addresses
+        )
+        return Issued(_pem("CERTIFICATE", der), _key_pem(key))
+
+
 def make_identity(host: str) -> Identity:
     """Return a fresh CA and a context for a server at an address, and at localhost."""
-    ca_key, server_key = p256.generate(), p256.generate()
-    ca = _certificate("netpol-lab-ca", ca_key, issuer="netpol-lab-ca", issuer_key=ca_key)
-    server = _certificate(
-        "netpol-lab-apiserver",
-        server_key,
-        issuer="netpol-lab-ca",
-        issuer_key=ca_key,
-        addresses=tuple(dict.fromkeys((host, "127.0.0.1", "::1"))),
-    )
+    authority = Authority()
+    addresses = tuple(dict.fromkeys((host, "127.0.0.1", "::1")))
+    issued = authority.server("netpol-lab-apiserver", addresses)
+    return Identity(server_context(issued), authority.ca_pem)
+
+
+def server_context(issued: Issued, *, client_ca: bytes = b"") -> ssl.SSLContext:
+    """Return a server's context; with `client_ca` only clients with a certificate of it get in."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
+    if client_ca:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(cadata=client_ca.decode())
     with tempfile.TemporaryDirectory(prefix="netpol-lab-") as folder:
         # The ssl module reads a chain from a file only.
         chain = Path(folder, "server.pem")
         chain.touch(mode=0o600)
-        chain.write_bytes(_pem("CERTIFICATE", server) + _key_pem(server_key))
+        chain.write_bytes(issued.certificate + issued.key)
         context.load_cert_chain(chain)
-    return Identity(context, _pem("CERTIFICATE", ca))
+    return context
+
+
+def make_signing_key() -> bytes:
+    """Return a fresh private key, as PEM, for whoever signs something else than certificates."""
+    return _key_pem(p256.generate())
 
 
 def _certificate(
@@ -69,9 +110,10 @@ def _certificate(
     *,
     issuer: str,
     issuer_key: KeyPair,
+    usage: str = "",
     addresses: tuple[str, ...] = (),
 ) -> bytes:
-    """Return a certificate; one without addresses is a CA's."""
+    """Return a certificate; one without a usage is a CA's."""
     now = datetime.now(tz=UTC)
     algorithm = _tlv(_SEQUENCE, _oid(_ECDSA_SHA256))
     public = _tlv(_SEQUENCE, _oid(_EC_PUBLIC_KEY) + _oid(_CURVE_P256)) + _bits(key.public)
@@ -79,20 +121,21 @@ def _certificate(
         _extension(_SUBJECT_KEY_ID, _tlv(_OCTETS, _key_id(key))),
         _extension(_AUTHORITY_KEY_ID, _tlv(_SEQUENCE, _tlv(0x80, _key_id(issuer_key)))),
     ]
-    if addresses:
-        names = _tlv(0x82, b"localhost")
-        names += b"".join(_tlv(0x87, ip_address(one).packed) for one in addresses)
+    if usage:
         extensions += [
             _extension(_BASIC_CONSTRAINTS, _tlv(_SEQUENCE, b""), critical=True),
             _extension(_KEY_USAGE, _tlv(_BITS, b"\x07\x80"), critical=True),  # digitalSignature
-            _extension(_EXTENDED_KEY_USAGE, _tlv(_SEQUENCE, _oid(_SERVER_AUTH))),
-            _extension(_SUBJECT_ALT_NAME, _tlv(_SEQUENCE, names)),
+            _extension(_EXTENDED_KEY_USAGE, _tlv(_SEQUENCE, _oid(usage))),
         ]
     else:
         extensions += [
             _extension(_BASIC_CONSTRAINTS, _tlv(_SEQUENCE, _TRUE), critical=True),
             _extension(_KEY_USAGE, _tlv(_BITS, b"\x01\x06"), critical=True),  # certificates, CRLs
         ]
+    if addresses:
+        names = _tlv(0x82, b"localhost")
+        names += b"".join(_tlv(0x87, ip_address(one).packed) for one in addresses)
+        extensions.append(_extension(_SUBJECT_ALT_NAME, _tlv(_SEQUENCE, names)))
     body = _tlv(
         _SEQUENCE,
         _tlv(0xA0, _integer(2))  # version 3

@@ -234,7 +234,8 @@ def _address(field: str, value: Any, version: int) -> list[Cause]:
     except ValueError:
         return [wrong(field, value, "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::1)")]
     if version and found.version != version:
-        return [wrong(field, value, f"must be an IPv{version} address")]
+        # Of a slice; the reference server names the list here, and the address in all other cases.
+        return [wrong(field.rpartition("[")[0], value, f"must be an IPv{version} address")]
     if found.is_loopback or found.is_unspecified or found.is_link_local or found.is_multicast:
         why = "may not be loopback, unspecified, link-local or multicast"
         return [wrong(field, value, why)]

@@ -49,13 +49,14 @@ def _port(where: str, port: Obj) -> list[Cause]:
     number, end = port.get("port"), port.get("endPort")
     if number is None:
         if end is not None:
-            causes.append(required(f"{where}.port", "must be specified if endPort is"))
+            why = "may not be given without `port`"
+            causes.append(wrong(f"{where}.endPort", end, why))
         return causes
     if isinstance(number, str):
         causes += port_name(f"{where}.port", number)
         if end is not None:
-            why = "may not be specified when `port` is a name"
-            causes.append(not_allowed(f"{where}.endPort", why))
+            why = "may not be given with a `port` that is a name"
+            causes.append(wrong(f"{where}.endPort", end, why))
         return causes
     causes += port_number(f"{where}.port", number)
     if end is not None and not causes:

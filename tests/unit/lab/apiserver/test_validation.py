@@ -82,8 +82,8 @@ def block(cidr, *excepted):
         (61, on_port(protocol="ICMP"), [("FieldValueNotSupported", f"{PORT}.protocol")]),
         (62, on_port(port=80, endPort=80), []),
         (62, on_port(port=80, endPort=90, protocol="SCTP"), []),
-        (63, on_port(endPort=90), [("FieldValueRequired", f"{PORT}.port")]),
-        (63, on_port(port="http", endPort=90), [("FieldValueForbidden", f"{PORT}.endPort")]),
+        (63, on_port(endPort=90), [("FieldValueInvalid", f"{PORT}.endPort")]),
+        (63, on_port(port="http", endPort=90), [("FieldValueInvalid", f"{PORT}.endPort")]),
         (63, on_port(port=80, endPort=79), [("FieldValueInvalid", f"{PORT}.endPort")]),
         (63, on_port(port=80, endPort=70000), [("FieldValueInvalid", f"{PORT}.endPort")]),
         (74, on_port(port=0), [("FieldValueInvalid", f"{PORT}.port")]),
@@ -262,7 +262,7 @@ class TestServices:
             ({"type": "ExternalName"}, [("FieldValueRequired", "spec.externalName")]),
             (
                 {"clusterIP": "192.0.2.1", "ports": [{"port": 1}]},
-                [("FieldValueInvalid", "spec.clusterIPs[0]")],
+                [("FieldValueInvalid", "spec.clusterIPs")],
             ),
         ],
     )
@@ -286,7 +286,7 @@ class TestServices:
     [
         ({}, []),
         ({"addressType": None}, [("FieldValueRequired", "addressType")]),
-        ({"addressType": "IPv6"}, [("FieldValueInvalid", "endpoints[0].addresses[0]")]),
+        ({"addressType": "IPv6"}, [("FieldValueInvalid", "endpoints[0].addresses")]),
         ({"endpoints": [{"addresses": []}]}, [("FieldValueRequired", "endpoints[0].addresses")]),
         (
             {"endpoints": [{"addresses": ["127.0.0.1"]}]},

@@ -130,11 +130,16 @@ async def test_unknown_fields_warn_or_refuse_and_are_not_stored(api):
 async def test_status_and_spec_are_written_apart(api):
     await api.post(PODS, pod("a") | {"status": {"phase": "Running"}})
     assert (await api.get(f"{PODS}/a")).body["status"]["phase"] == "Pending"
-    body = {"status": {"phase": "Running"}, "metadata": {"labels": {"no": "no"}}}
+    body = {
+        "status": {"phase": "Running"},
+        "metadata": {"labels": {"a": "b"}},
+        "spec": {"hostNetwork": True},
+    }
     await api.patch(f"{PODS}/a/status", body)
     found = (await api.get(f"{PODS}/a")).body
     assert found["status"]["phase"] == "Running"
-    assert "labels" not in found["metadata"]
+    assert found["metadata"]["labels"] == {"a": "b"}  # of the core kinds, as the real server does
+    assert "hostNetwork" not in found["spec"]
     assert found["metadata"]["generation"] == 1
     await api.patch(f"{PODS}/a", {"status": {"phase": "Failed"}})
     assert (await api.get(f"{PODS}/a/status")).body["status"]["phase"] == "Running"
@@ -173,6 +178,8 @@ async def test_a_pod_without_a_node_or_finished_goes_at_once(api, server, phase)
 async def test_a_binding_gives_a_pod_its_node_once(api):
     await api.post(PODS, pod("a"))
     binding = {"kind": "Binding", "apiVersion": "v1", "target": {"kind": "Node", "name": "n1"}}
+    assert (await api.post(f"{PODS}/a/binding", binding)).status == 400
+    binding["metadata"] = {"name": "a"}
     assert (await api.post(f"{PODS}/a/binding", binding)).status == 201
     assert (await api.get(f"{PODS}/a")).body["spec"]["nodeName"] == "n1"
     assert (await api.post(f"{PODS}/a/binding", binding)).status == 409
