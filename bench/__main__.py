@@ -36,6 +36,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "ipset:load": ("ipset.load_50k",),
     "audit:packets": ("audit.packets_per_s",),
     "explain:explain": ("explain.p99_ms", "explain.world.ms"),
+    "ipvs:cold": ("ipvs.cold", "ipvs.vips"),
+    "ipvs:endpoint": ("ipvs.plan", "ipvs.endpoint", "ipvs.endpoint.growth"),
+    "plan:plan": ("proxy.plan_10k.s", "proxy.diff_10k.s", "proxy.plan_endpoint.us"),
+    "bgp:mesh": ("bgp.mesh3.s", "bgp.join.s"),
+    "bgp:add_node": ("bgp.add_node.ms", "bgp.bird_memory.mb"),
     "memory:pods_10k": ("memory.pods_10k.mb",),
     "memory:pods_100k": ("memory.pods_100k.mb",),
 }

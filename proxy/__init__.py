@@ -1,1 +1,1 @@
-"""Services to IPVS. Empty until the proxy is built; the package name is reserved here."""
+"""Services to IPVS: a node without kube-proxy. docs/services.md says what is served, and how."""

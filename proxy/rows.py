@@ -100,6 +100,16 @@ class Unused(NamedTuple):
     why: str
 
 
+class Reason(StrEnum):
+    """Why something of a Service is refused, as the reason of an Event."""
+
+    ADDRESS_REFUSED = "AddressRefused"
+    ADDRESS_IN_USE = "AddressInUse"
+    ANNOTATION_INVALID = "AnnotationInvalid"
+    DIRECT_RETURN_REFUSED = "DirectReturnRefused"
+    SOURCE_RANGES_INVALID = "SourceRangesInvalid"
+
+
 class Refused(NamedTuple):
     """A part of a Service that is not served: an Event's reason and its words."""
 
@@ -118,6 +128,7 @@ class ServicePlan:
         health_port: spec.healthCheckNodePort, 0 for none.
         local_ready: distinct ready endpoints on this node, which the health port tells.
         policy_local: whether externalTrafficPolicy is Local.
+        skipped: why the Service is not served at all, "" if it is.
     """
 
     service: ObjectKey
@@ -128,3 +139,4 @@ class ServicePlan:
     health_port: int = 0
     local_ready: int = 0
     policy_local: bool = False
+    skipped: str = ""

@@ -1,65 +1,57 @@
-"""The composition root of the agent: settings, connections, caches, rooms, and what shows them.
+"""The composition root of the agent: settings, connections, caches, parts, and what shows them.
 
-    API server --watches--> stores --Feed--> Graph --PolicyRoom--> kernel
-                                                 |         |
-                              admin socket, health, metrics, audit log
+    API server --watches--> stores --> policy part, proxy part --> kernel
+                                            |
+                              admin socket, health, metrics, Events
 
-Nothing here decides anything about policy; it says who is told what, and in which order things start:
-lock, hold (fresh node), caches in sync, first apply, ready.
+It says in which order things start: lock, hold (fresh node), caches in sync, first apply, ready. What a
+part is made of stands in its own module.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import structlog
 
 from netpol import __version__, config
 from netpol.admin.health import HealthServer
 from netpol.admin.relay import list_handler
-from netpol.admin.server import AdminServer
+from netpol.admin.server import AdminServer, Handler
+from netpol.agent.parts import Part
+from netpol.agent.policy import PolicyPart
 from netpol.agent.report import Report
 from netpol.aio.clock import SystemClock
 from netpol.aio.tasks import TaskSet
-from netpol.audit.attribute import Attributor
-from netpol.audit.sink import LineSink
-from netpol.audit.worker import AuditWorker
 from netpol.config import Settings
-from netpol.enforce.events import Complaint, EventTeller, complaints
-from netpol.enforce.feed import Feed
 from netpol.enforce.node import NodeFacts
-from netpol.enforce.view import WorldView
-from netpol.enforce.whois import PodResolver
-from netpol.enforce.worker import PolicyRoom
 from netpol.k8s import informers
 from netpol.k8s.api import Api
 from netpol.k8s.decode import KINDS
+from netpol.k8s.events import Complaint, EventTeller
 from netpol.k8s.watching import Selection
 from netpol.kernel.drivers import TableDriver, Variant
-from netpol.kernel.nflog import NflogReader, interface_name
 from netpol.kernel.probe import missing_features
-from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
 from netpol.kernel.variant import detect
 from netpol.lib.errors import InputError, KernelMissingError, NetpolError, NoAnswerError
-from netpol.model.ids import ObjectKey
-from netpol.model.objects import Endpoint
-from netpol.policy.graph import Graph
+from netpol.model.net import FAMILIES
+
+if TYPE_CHECKING:
+    from netpol.agent.proxy import ProxyPart
+    from netpol.agent.routes import RoutesPart
 
 _log = structlog.get_logger("netpol")
 
-#: The watch of the cluster's pods stays this long after the last policy that needs it went.
-PEERS_LINGER_S = 60.0
-_CLUSTER_PODS = "cluster pods"
-_LOCAL_PODS = "local pods"
+#: How long the other parts wait for policy's first apply; if that fails, they go on all the same.
+POLICY_FIRST_S = 10.0
 
 
 def run(argv: Sequence[str]) -> int:
@@ -128,118 +120,119 @@ class Agent:
         self.settings = settings
         self._clock = SystemClock()
         self._tasks = TaskSet(on_death=self._task_died)
-        self.graph = Graph(settings.node)
         if settings.xtables_lockfile:
             os.environ["XTABLES_LOCKFILE"] = settings.xtables_lockfile
         self._facts = NodeFacts(settings)
-        self._sets = NetlinkSets(mark_mask=settings.field_mask)
         variant = detect() if settings.iptables == "auto" else Variant(settings.iptables)
-        missing = missing_features(variant)
-        if missing:
-            raise KernelMissingError("this machine", needed="; ".join(missing))
-        self._tables = _table_driver(variant)
-        self.room = PolicyRoom(
-            self.graph,
-            sets=self._sets,
-            tables=self._tables,
-            options=self._facts.options(),
-            clock=self._clock,
-            before_reconcile=self._facts.options,
-            applied=self._applied,
+        missing = missing_features(variant, rejects=self._facts.options().rejects)
+        if settings.proxy:
+            # Only here: without the proxy none of it is loaded.
+            from netpol.agent import proxy_node
+
+            more = proxy_node.missing_for_proxy(variant, mark_mask=settings.service_mask)
+            for family, words in more.items():
+                missing.setdefault(family, []).extend(words)
+        if set(missing) == set(FAMILIES):
+            lacks = dict.fromkeys(words for found in missing.values() for words in found)
+            raise KernelMissingError("this machine", needed="; ".join(lacks))
+        for family, lacking in missing.items():  # the other works; the room says what fails
+            _log.error("one family only", without=f"IPv{family}", needed="; ".join(lacking))
+        self.policy = (
+            PolicyPart(
+                settings,
+                facts=self._facts,
+                tables=_table_driver(variant),
+                clock=self._clock,
+                applied=self._applied,
+            )
+            if settings.policy
+            else None
         )
-        self.feed = Feed(self.graph, self.room.changed, cluster=self._cluster_pod)
+        self.proxy = self._proxy_part(variant) if settings.proxy else None
+        self.routes = self._routes_part(variant) if settings.routes else None
         self._api: Api | None = None
         self._watches: informers.InformerSet | None = None
-        self._peers_since_s = 0.0
-        self._peers_wake = asyncio.Event()
         self._frozen = False
         self._events: EventTeller | None = None
-        self._resolved = 0
-        self._resolver = PodResolver(
-            lambda: self._api, clock=self._clock, changed=self._address_resolved
-        )
-        self._view = WorldView(
-            namespaces=lambda: self._objects("namespaces"),
-            pods=lambda: [
-                *self._resolver.pods(),
-                *self._objects(_CLUSTER_PODS),
-                *self._objects(_LOCAL_PODS),
-            ],
-            policies=self.feed.compiled.values,
-            nodes=lambda: self._objects("nodes"),
-            generation=lambda: self.room.generation + self._resolved,
-            clock=self._clock,
-            unknown=self._unknown,
-        )
-        self._nflog: NflogReader | None = None
-        self._sink: LineSink | None = None
         self._health: HealthServer | None = None
+        parts: list[Part] = [
+            part for part in (self.policy, self.proxy, self.routes) if part is not None
+        ]
         self.report = Report(
             node=settings.node,
             clock=self._clock,
-            room=self.room,
-            feed=self.feed,
+            parts=parts,
             facts=self._facts,
-            sets=self._sets,
-            tables=self._tables,
+            variant=variant,
             watches=lambda: self._watches.status() if self._watches else (),
-            lacks_peers=self._lacks_peers,
         )
-        self._admin = AdminServer(
-            settings.admin_socket,
-            {
-                "status": self.report.status_op,
-                "explain": self.report.explain_op,
-                "drops": self.report.drops_op,
-                "list": list_handler(lambda: self._api),
-            },
+        self._admin = AdminServer(settings.admin_socket, self._operations())
+
+    def _proxy_part(self, variant: Variant) -> ProxyPart:
+        # Only here: without the proxy none of it is loaded.
+        from netpol.agent.proxy import ProxyPart
+        from netpol.agent.proxy_node import kernel_drivers
+
+        return ProxyPart(
+            self.settings,
+            drivers=kernel_drivers(variant, mark_mask=self.settings.service_mask),
+            facts=self._facts,
+            clock=self._clock,
+            applied=self._applied,
+            served=self._facts.hasten_ipvs,
+            told=self._tell,
         )
 
+    def _routes_part(self, variant: Variant) -> RoutesPart:
+        # Only here: without routes none of it is loaded.
+        from netpol.agent.routes import RoutesPart
+
+        return RoutesPart(self.settings, variant=variant, clock=self._clock)
+
+    def _operations(self) -> dict[str, Handler]:
+        found: dict[str, Handler] = {
+            "status": self.report.status_op,
+            "list": list_handler(lambda: self._api),
+        }
+        if self.policy is not None:
+            found |= {"explain": self.policy.explain_op, "drops": self.policy.drops_op}
+        if self.proxy is not None:
+            found |= {"services": self.proxy.services_op}
+        if self.routes is not None:
+            found |= {
+                "peers": self.routes.peers_op,
+                "routes": self.routes.routes_op,
+                "drain": self.routes.drain_op,
+            }
+        return found
+
     def _applied(self) -> None:
-        """Something was applied: whether the cluster's pods are needed may have changed."""
+        """Something was applied."""
         if not self._frozen:
             # What was loaded at start stays for good; looking at it took 50 ms of a full collection.
             self._frozen = True
             gc.collect()
             gc.freeze()
-        self._peers_wake.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        """There may be something new to tell users."""
         if self._events is not None:
             self._events.look()
 
-    def _address_resolved(self) -> None:
-        """The audit log knows one pod more."""
-        self._resolved += 1
-        self._view.expire()
-
-    def _unknown(self, address: bytes) -> None:
-        """Somebody unknown was denied; with all pods watched there is nobody to ask for."""
-        if self._watches is not None and self._watches.get(_CLUSTER_PODS) is None:
-            self._resolver.ask(address)
-
     def _complaints(self) -> Iterator[Complaint]:
-        """What is wrong with policies that this node needs: invalid parts, and the kernel's refusals."""
-        active = {i.key for i in self.graph.active_policies}
-        return complaints(
-            {k: p for k, p in self.feed.problems.items() if k in active},
-            self.room.dataplane.refusals.reasons(),
-            uid_of=lambda key: p.uid if (p := self.feed.compiled.get(key)) else "",
-            node=self.settings.node,
-        )
-
-    def _cluster_pod(self, key: ObjectKey) -> Endpoint | None:
-        informer = self._watches.get(_CLUSTER_PODS) if self._watches else None
-        pod: Endpoint | None = informer.store.get(key) if informer is not None else None
-        return pod
-
-    def _objects(self, watch: str) -> list[Any]:
-        informer = self._watches.get(watch) if self._watches else None
-        return list(informer.store) if informer is not None else []
+        for part in self.report.parts:
+            yield from part.complaints()
 
     # -- start and stop ---------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start everything in order; returns once the first apply is under way."""
         await self._admin.start()  # first: a second agent of the node ends here
+        if self.proxy is not None:
+            await self.proxy.refuse_another()
+        if self.routes is not None:
+            await self.routes.prepare()
         self._facts.prepare()
         if self.settings.health_addr:
             self._health = HealthServer(
@@ -248,49 +241,37 @@ class Agent:
             host, _, port = self.settings.health_addr.rpartition(":")
             await self._health.start(host.strip("[]"), int(port))
         _log.info(
-            "starting", version=__version__, node=self.settings.node, **self._facts.describe()
-        )
-        await self.room.check_mask()
-        if not self._facts.has_pods() and await self.room.hold():
-            _log.info("fresh node", hold=[str(r) for r in self._facts.options().hold_ranges])
-        self._api = await self._connect()
-        self._watches = informers.InformerSet(self._api, on_death=self._task_died)
-        self._events = teller = EventTeller(
-            self._api, node=self.settings.node, find=self._complaints
-        )
-        self._tasks.spawn("events", teller.run())
-        self._tasks.spawn("policy room", self.room.run_forever())
-        self._tasks.spawn("start", self._sync_then_run())
-        self._tasks.spawn("addresses", self._facts.watch(self.room.resync))
-        self._tasks.spawn("ipvs", self._facts.watch_ipvs(self.room.serve))
-        self._start_audit()
-
-    def _start_audit(self) -> None:
-        """The log of denied packets; without it policy works all the same."""
-        if not self.settings.audit_log:
-            return
-        path = None if self.settings.audit_log == "-" else Path(self.settings.audit_log)
-        try:
-            self._nflog = nflog = NflogReader(self.settings.nflog_group)
-            self._sink = LineSink(path)
-        except (NetpolError, OSError) as e:
-            self.report.audit_fault = f"audit: {e}"
-            _log.error("no audit log", error=str(e))
-            return
-        self.report.audit = worker = AuditWorker(
+            "starting",
+            version=__version__,
             node=self.settings.node,
-            attributor=Attributor(
-                party=self._view.party,
-                resolve=self._view.judge,
-                generation=self._view.generation,
-            ),
-            sink=self._sink,
-            missed=lambda: nflog.stats.missed,
-            interface_name=interface_name,
+            rooms=[part.name for part in self.report.parts],
+            **self._facts.describe(),
         )
-        nflog.start()
-        self._tasks.spawn("resolver", self._resolver.run())
-        self._tasks.spawn("audit", worker.run(nflog.batches()))
+        if self.policy is not None:
+            await self.policy.hold()
+        self._api = api = await self._connect()
+        if self.proxy is not None:
+            await self.proxy.listen(api)
+        self._watches = watches = informers.InformerSet(api, on_death=self._task_died)
+        self._events = teller = EventTeller(api, node=self.settings.node, find=self._complaints)
+        self._tasks.spawn("events", teller.run())
+        self._tasks.spawn("addresses", self._facts.watch(self._node_changed))
+        if self.policy is not None:
+            self.policy.start(api, watches, self._tasks)
+        if self.proxy is not None:
+            self.proxy.start(api, watches, self._tasks)
+        if self.routes is not None:
+            self.routes.start(watches, self._tasks)
+        self._tasks.spawn("start", self._sync_then_run())
+
+    def _node_changed(self) -> None:
+        """An own address, the CNI configuration or a sysctl of the node changed."""
+        if self.policy is not None:
+            self.policy.room.resync()
+        if self.proxy is not None:
+            self.proxy.refresh()
+        if self.routes is not None:
+            self.routes.room.changed()
 
     async def _connect(self) -> Api:
         s = self.settings
@@ -306,80 +287,52 @@ class Agent:
         return Api.in_cluster(clock=self._clock)
 
     async def _sync_then_run(self) -> None:
-        """The barrier: all watches that policy needs, then the first apply; then mind the peers."""
+        """The barrier: all watches that the parts need, then the first apply; then mind the peers."""
         watches = self._watches
         if watches is None:
             raise InputError("the agent was not started")
-        pods = watches.start(
-            KINDS["Pod"], name=_LOCAL_PODS, selection=informers.pods_on(self.settings.node)
-        )
-        pods.store.subscribe(self.feed.local_pod)
-        namespaces = watches.start(KINDS["Namespace"])
-        namespaces.store.subscribe(self.feed.namespace)
-        policies = watches.start(KINDS["NetworkPolicy"])
-        policies.store.subscribe(self.feed.policy)
         await watches.wait_synced()
-        # Classes are known now; whether their policies have peers decides about the great watch.
-        self.graph.flush(together=True)
-        await self._mind_peers(wait=True)
-        self.room.start()
-        # For the names in the audit log; policy does not wait for it.
-        watches.start(
-            KINDS["Node"], selection=Selection(fields=(f"metadata.name={self.settings.node}",))
-        )
+        if self.policy is not None:
+            await self.policy.synced()
+            # Policy's rules come first in every hook, and are in force before anything leads here.
+            if len(self.report.parts) > 1:
+                await self.policy.first_apply(at_most_s=POLICY_FIRST_S)
+        if self.proxy is not None:
+            await self.proxy.synced()
+        if self.routes is not None:
+            self.routes.synced()
+        if watches.get(KINDS["Node"].plural) is None:
+            # For the names in the audit log; policy does not wait for it.
+            own = Selection(fields=(f"metadata.name={self.settings.node}",))
+            watches.start(KINDS["Node"], selection=own)
         _log.info("caches in sync", watches=[w.name for w in watches.status()])
-        while True:
-            # Woken by every apply; now and then without one, to end a watch that lingers.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._peers_wake.wait(), PEERS_LINGER_S)
-            self._peers_wake.clear()
-            await self._mind_peers(wait=False)
-
-    async def _mind_peers(self, *, wait: bool) -> None:
-        watches = self._watches
-        if watches is None:
-            return
-        running = watches.get(_CLUSTER_PODS) is not None
-        now_s = self._clock.monotonic()
-        if self.graph.needs_peers:
-            self._peers_since_s = now_s
-            if not running:
-                informer = watches.start(
-                    KINDS["Pod"], name=_CLUSTER_PODS, selection=informers.pods_everywhere()
-                )
-                informer.store.subscribe(self.feed.cluster_pod)
-                if wait:
-                    await watches.wait_synced()
-        elif running and now_s - self._peers_since_s > PEERS_LINGER_S:
-            await watches.stop(_CLUSTER_PODS)
-
-    def _lacks_peers(self) -> bool:
-        """Whether a policy in force needs the cluster's pods, whose watch was not started yet."""
-        if self._watches is None:
-            return False
-        return self.graph.needs_peers and self._watches.get(_CLUSTER_PODS) is None
+        if self.policy is None:
+            await asyncio.Event().wait()
+        else:
+            await self.policy.mind_peers()
 
     def reopen_logs(self) -> None:
         """Open the audit log anew, after a rotation (SIGHUP)."""
-        if self.report.audit is not None:
-            self.report.audit.reopen()
+        if self.policy is not None:
+            self.policy.reopen_logs()
 
     async def stop(self) -> None:
-        """End tasks and connections; the kernel's rules stay as they are."""
+        """End tasks and connections; what is in the kernel stays as it is."""
         await self._tasks.cancel()
-        if self._nflog is not None:
-            self._nflog.close()
-        if self._sink is not None:
-            self._sink.close()
         if self._watches is not None:
             await self._watches.close()
+        if self.proxy is not None:
+            await self.proxy.stop()
+        if self.routes is not None:
+            await self.routes.stop()
         if self._api is not None:
             await self._api.close()
         if self._health is not None:
             await self._health.stop()
         await self._admin.close()
         self._facts.close()
-        self.room.close()
+        if self.policy is not None:
+            self.policy.close()
 
     def _task_died(self, name: str, error: BaseException | None) -> None:
         self.report.fatal = f"task {name} died: {error}"

@@ -1,9 +1,8 @@
-"""What the agent shows of itself: readiness, the status document, metrics, and the admin operations."""
+"""What the agent shows of itself as a whole: readiness, the status document, metrics."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,40 +10,28 @@ from prometheus_client.core import Metric
 
 from netpol import __version__
 from netpol.admin.health import counter, gauge
+from netpol.agent.parts import Part
 from netpol.aio.clock import Clock
-from netpol.audit.record import encode_line
-from netpol.audit.worker import AuditWorker
-from netpol.enforce.feed import Feed
-from netpol.enforce.live import live_view
 from netpol.enforce.node import NodeFacts
-from netpol.enforce.worker import PolicyRoom
 from netpol.k8s.watching import WatchStatus
-from netpol.kernel.drivers import SetDriver, TableDriver
-from netpol.lib.errors import NoAnswerError
-from netpol.model.ids import ObjectKey
+from netpol.kernel.drivers import Variant
 
 
 @dataclass(slots=True)
 class Report:
-    """Reads the rooms; changes nothing.
+    """Reads the parts; changes nothing.
 
     Attributes:
+        parts: the jobs that are on; the first one's generation is the agent's.
         fatal: why the process cannot go on, or "".
-        audit_fault: why there is no audit log, or "".
-        lacks_peers: whether a policy in force waits for the watch of the cluster's pods.
     """
 
     node: str
     clock: Clock
-    room: PolicyRoom
-    feed: Feed
+    parts: Sequence[Part]
     facts: NodeFacts
-    sets: SetDriver
-    tables: TableDriver
+    variant: Variant
     watches: Callable[[], tuple[WatchStatus, ...]]
-    lacks_peers: Callable[[], bool]
-    audit: AuditWorker | None = None
-    audit_fault: str = ""
     fatal: str = ""
 
     def alive(self) -> str | None:
@@ -52,35 +39,37 @@ class Report:
         return self.fatal or None
 
     def ready(self) -> str | None:
-        """Why policy is not in force, or None."""
+        """Why something is not in force, or None."""
         if self.fatal:
             return self.fatal
-        if self.room.status.error:
-            return f"policy: {self.room.status.error}"
+        faults = [(part.name, part.fault()) for part in self.parts]
+        for name, fault in faults:
+            if fault:
+                return f"{name}: {fault}"
         if self.facts.blind:
             return self.facts.blind
-        if not self.room.ready:
+        if any(fault is not None for _, fault in faults):
             waiting = [w.name for w in self.watches() if not w.synced]
             return f"not in sync yet: {', '.join(waiting) or 'first apply'}"
         return None
 
     def status(self) -> dict[str, Any]:
         """The document of `netpol-ctl status`."""
-        room = self.room.status
-        applied = room.applied_at_s
-        refused = self.room.dataplane.refusals.reasons()
-        errors = [e for e in (self.fatal, room.error, self.audit_fault, *self.facts.faults()) if e]
-        errors += [f"policy {key} is refused: {why}" for key, why in sorted(refused.items())]
-        counts = self.room.dataplane.counts()
+        standings = [part.standing() for part in self.parts]
+        applied = [s.applied_at_s for s in standings]
+        oldest = min((a for a in applied if a is not None), default=None)
+        errors = [self.fatal] if self.fatal else []
         return {
             "node": self.node,
             "version": __version__,
             "ready": self.ready() is None,
-            "generation": self.room.generation,
-            "applied_generation": room.applied_generation,
-            "in_sync": self.room.in_sync and not self.lacks_peers(),
-            "applied_age_s": None if applied is None else self.clock.monotonic() - applied,
-            "iptables": self.tables.variant.value,
+            "generation": standings[0].generation,
+            "applied_generation": standings[0].applied_generation,
+            "in_sync": all(s.in_sync for s in standings),
+            "applied_age_s": None
+            if oldest is None or None in applied
+            else self.clock.monotonic() - oldest,
+            "iptables": self.variant.value,
             "watches": [
                 {
                     "name": w.name,
@@ -93,63 +82,26 @@ class Report:
                     "last_error": w.last_error,
                     "rejected": w.rejected,
                 }
-                for w in (self.watches())
+                for w in self.watches()
             ],
-            "rooms": {
-                "policy": {
-                    **counts,
-                    "last_apply_ms": None
-                    if room.latency_s is None
-                    else round(room.latency_s * 1000, 2),
-                    "applies": room.applies,
-                    "reconciles": room.reconciles,
-                    "table_transactions": room.table_transactions,
-                    "drifts": room.drifts,
-                    "last_drift": room.drift,
-                    "failures": room.failures,
-                    "errors": [room.error] if room.error else [],
-                    "refused_policies": {str(k): why for k, why in sorted(refused.items())},
-                    "invalid_policies": {
-                        str(k): [f"{p.field}: {p.message}" for p in v]
-                        for k, v in sorted(self.feed.problems.items())
-                    },
-                }
-            },
+            "rooms": {part.name: part.document() for part in self.parts},
             "node_facts": self.facts.describe(),
-            "errors": errors,
+            "errors": [
+                *errors,
+                *self.facts.faults(),
+                *(e for part in self.parts for e in part.errors()),
+            ],
         }
 
     def metrics(self) -> Iterable[Metric]:
         """Everything that a scrape gets."""
-        room = self.room.status
         yield gauge(
             "ready",
             "1 when everything is applied and the last apply succeeded",
             self.ready() is None,
         )
-        yield gauge("generation", "Changes seen by the policy graph", self.room.generation)
-        yield gauge("applied_generation", "Changes that are in the kernel", room.applied_generation)
-        for name, value in self.room.dataplane.counts().items():
-            yield gauge(f"policy_{name}", f"Number of {name} of the policy dataplane", value)
-        yield counter("applies", "Plans applied to the kernel", room.applies)
-        yield counter("apply_failures", "Applies that failed and were repeated", room.failures)
-        yield counter(
-            "reconciles", "Full comparisons with the kernel that were applied", room.reconciles
-        )
-        yield counter(
-            "table_transactions", "Plans with iptables transactions", room.table_transactions
-        )
-        yield counter("drifts", "Times the kernel was found changed by somebody else", room.drifts)
-        yield gauge(
-            "refused_policies",
-            "Policies that the kernel does not take",
-            len(self.room.dataplane.refusals.policies),
-        )
-        yield gauge(
-            "invalid_policies",
-            "Policies with parts that the API would refuse",
-            len(self.feed.problems),
-        )
+        for part in self.parts:
+            yield from part.metrics()
         for watch in self.watches():
             label = watch.name.replace(" ", "_")
             yield counter(
@@ -162,27 +114,3 @@ class Report:
     async def status_op(self, _: dict[str, Any]) -> dict[str, Any]:
         """Answer `status`."""
         return self.status()
-
-    async def drops_op(self, args: dict[str, Any]) -> AsyncIterator[Any]:
-        """Recent denied packets, then (with follow) those to come."""
-        if self.audit is None:
-            raise NoAnswerError("drops", needed="an agent with --audit-log", got=self.audit_fault)
-        if not args.get("follow"):
-            for record in self.audit.recent():
-                yield json.loads(encode_line(record))
-            return
-        async for record in self.audit.follow(past=True):
-            yield json.loads(encode_line(record))
-
-    async def explain_op(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Answer `explain`: what the kernel has for a local pod."""
-        namespace, _, name = str(args.get("pod", "")).partition("/")
-        pod = self.room.dataplane.graph.local_pods.get(ObjectKey(namespace, name))
-        if pod is None:
-            raise NoAnswerError(f"pod {namespace}/{name}", needed=f"a pod of node {self.node}")
-        found = await self.room.kernel(lambda: live_view(pod, self.sets, self.tables))
-        return {
-            **found,
-            "in_sync": self.room.in_sync and not self.lacks_peers(),
-            "generation": self.room.status.applied_generation,
-        }

@@ -31,9 +31,7 @@ from netpol.k8s.decode import (
     decode_list,
 )
 from netpol.k8s.errors import ApiError, DecodeError
-from netpol.k8s.manifests import service_extras
 from netpol.lib.errors import NoAnswerError
-from netpol.model.ids import ObjectKey
 from netpol.policy.world import World
 
 T = TypeVar("T")
@@ -102,19 +100,7 @@ def cluster(asked: Source) -> Cluster:
         ApiError: the server refuses or does not answer.
         NoAnswerError: the agent does not answer.
     """
-    headless: set[ObjectKey] = set()
-    external: dict[bytes, ObjectKey] = {}
-
-    def look(body: bytes) -> None:
-        for item in json.loads(body).get("items") or ():
-            meta = item.get("metadata") or {}
-            key = ObjectKey(meta.get("namespace", ""), meta.get("name", ""))
-            none, addresses = service_extras(item)
-            if none:
-                headless.add(key)
-            external.update(dict.fromkeys(addresses, key))
-
-    services = [d.value for page in _pages(asked, SERVICE, look) for d in page]
+    services = [d.value for page in _pages(asked, SERVICE) for d in page]
     policies = compiled(d.value for page in _pages(asked, NETWORK_POLICY) for d in page)
     nodes = [d.value for page in _pages(asked, NODE) for d in page]
     pods = [d.value for page in _pages(asked, POD) for d in page]
@@ -129,23 +115,19 @@ def cluster(asked: Source) -> Cluster:
     names = {n.name for n in nodes} | {p.node for p in pods if p.node}
     return Cluster(
         world=world,
-        headless=frozenset(headless),
-        external_ips=external,
+        headless=frozenset(s.key for s in services if s.headless),
+        external_ips={a: s.key for s in services for a in s.outside_addresses},
         node_names=tuple(sorted(names)),
     )
 
 
-def _pages(
-    asked: Source, kind: ResourceKind[T], look: Any = None
-) -> Iterator[tuple[Decoded[T], ...]]:
+def _pages(asked: Source, kind: ResourceKind[T]) -> Iterator[tuple[Decoded[T], ...]]:
     token = ""
     while True:
         body = asked.page(kind, token)
         try:
             page = decode_list(kind, body)
-            if look is not None:
-                look(body)
-        except (DecodeError, ValueError, AttributeError) as e:
+        except DecodeError as e:
             raise ApiError(f"list of {kind} from {asked.name}", message=str(e)[:500]) from e
         for error in page.errors:
             remark(f"left out: {error}")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from netpol.admin import client
+from netpol.ctl import cleanup_kube_proxy, cleanup_proxy
 from netpol.ctl.output import emit, plural
 from netpol.kernel.drivers import (
     DestroySet,
@@ -23,21 +25,26 @@ from netpol.kernel.drivers import (
     Variant,
 )
 from netpol.lib.errors import KernelMissingError, NetpolError, NoAnswerError
+from netpol.model.ids import EVERYBODY
 from netpol.model.net import FAMILIES, Family
 from netpol.model.ruleset import Hook
 
-#: Tables that netpol writes; of filter only what a version to come may leave.
-TABLES = ("mangle", "filter")
+#: Tables that any room writes. Mangle first: what relies on filter goes before it.
+TABLES = ("mangle", "filter", "nat")
 
 
 def run(args: argparse.Namespace) -> int:
     """Remove; refused while an agent runs, since it would write everything again."""
     if os.geteuid() != 0:
         raise NoAnswerError("cleanup changes the kernel", needed="root")
+    if args.kube_proxy:
+        return cleanup_kube_proxy.run(args)
     if not args.force:
         _refuse_if_running(args.socket)
     removed: dict[str, Any] = {"chains": 0, "jumps": 0, "sets": 0}
     left: list[str] = []
+    # Addresses of Services go before the rules that keep the node's own ports off them.
+    removed |= cleanup_proxy.clean_proxy(Path(args.run_dir), left)
     for driver in _drivers():
         for family in FAMILIES:
             for table in TABLES:
@@ -47,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     removed["sets"] = _clean_sets(left)
     if left:
         raise NoAnswerError("not all of it could be removed", got="; ".join(left))
-    what = ", ".join(plural(removed[k], k[:-1]) for k in ("chains", "jumps", "sets"))
+    what = ", ".join(
+        plural(n, k[:-1]) for k, n in removed.items() if n or k in ("chains", "jumps", "sets")
+    )
     nothing = not any(removed.values())
     emit(
         {"removed": removed},
@@ -85,14 +94,14 @@ def clean_table(
 def _drivers() -> list[TableDriver]:
     from netpol.kernel.tables import RestoreTables
 
-    return [RestoreTables(v) for v in Variant]
+    return [RestoreTables(v, owner=EVERYBODY) for v in Variant]
 
 
 def _clean_sets(left: list[str]) -> int:
     from netpol.kernel.sets import NetlinkSets
 
     try:
-        sets = NetlinkSets()
+        sets = NetlinkSets(owner=EVERYBODY)
     except KernelMissingError:
         return 0  # a kernel without ipset has no set of ours
     count = 0

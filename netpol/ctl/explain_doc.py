@@ -9,6 +9,7 @@ from netpol.ctl.ends import End, Part
 from netpol.ctl.judge import Finding
 from netpol.model.flow import DirectionTrace, PartyKind, PolicyTrace, RuleTrace, TermTrace, Verdict
 from netpol.model.net import Prefix, format_address
+from netpol.model.objects import Service
 from netpol.model.policy import RuleRef
 
 _SERVICE_NOTES = (
@@ -50,6 +51,7 @@ def notes(src: End, dst: End, found: Sequence[Finding]) -> tuple[str, ...]:
     out = list(dst.notes)
     if dst.service is not None:
         out.extend(_SERVICE_NOTES)
+        out.extend(_forwarding_notes(src, dst.service, found))
         if any(f.src.pod and f.dst.pod and f.src.pod.key == f.dst.pod.key for f in found):
             out.append(_HAIRPIN_NOTE)
     for f in found:
@@ -57,6 +59,30 @@ def notes(src: End, dst: End, found: Sequence[Finding]) -> tuple[str, ...]:
     if src.service is not None:
         out.append("the source is each backend of the Service: a Service never opens a connection")
     return tuple(dict.fromkeys(out))
+
+
+def _forwarding_notes(src: End, service: Service, found: Sequence[Finding]) -> tuple[str, ...]:
+    """Whom ingress policy sees when a client outside the cluster dials the Service on a node."""
+    exposed = service.type in ("NodePort", "LoadBalancer") or bool(service.external_ips)
+    outside = any(part.party.kind is PartyKind.EXTERNAL for part in src.parts)
+    if not exposed or not outside:
+        return ()
+    if service.external_local:
+        return (
+            (
+                f"svc/{service.key} has externalTrafficPolicy Local: a node passes outside clients to its "
+                "own backends only, and ingress policy sees the client's address"
+            ),
+        )
+    nodes = sorted({f.dst.party.node for f in found if f.dst.party.node})
+    where = f" ({', '.join(nodes[:5])}{', ...' if len(nodes) > 5 else ''})" if nodes else ""
+    return (
+        (
+            f"svc/{service.key} has externalTrafficPolicy Cluster: a client that dials it on another node "
+            f"than the backend's{where} comes to ingress policy with that other node's address, which only "
+            "an ipBlock or nothing matches; on the backend's node, or with Local, with its own"
+        ),
+    )
 
 
 def rule_name(ref: RuleRef) -> str:

@@ -54,6 +54,18 @@ def parser() -> argparse.ArgumentParser:
         commands, "cleanup", "remove all that is netpol's from this node", [node, output]
     )
     cleanup.add_argument("--force", action="store_true", help="also while an agent runs")
+    cleanup.add_argument(
+        "--kube-proxy", action="store_true", help="instead, remove what a kube-proxy left"
+    )
+    cleanup.add_argument(
+        "--run-dir",
+        default="/run/netpol",
+        metavar="DIR",
+        help="run-dir of the agent (default: /run/netpol)",
+    )
+    _routes(commands, cluster=cluster, node=node, output=output)
+    _add(commands, "peers", "the BGP sessions of this node", [node, output])
+    _services(commands, [_manifest_options(), node, output])
     # Only its line in --help: the lab's own parser takes its place when it is called (_lab).
     commands.add_parser("lab", help="a cluster on this machine, to try policies in", add_help=False)
     _add(commands, "version", "the version of this program", [output])
@@ -87,7 +99,7 @@ def _main(words: list[str]) -> int:
         return _lab(top, words)
     if words and not words[0].startswith("-") and words[0] == "help":
         words = ["--help"]
-    args = top.parse_args(words)
+    args = top.parse_args(_settle_words(words))
     _settle(args)
     run: Any = importlib.import_module(f"netpol.ctl.{args.command}").run
     code = run(args)
@@ -102,6 +114,13 @@ def _lab(top: argparse.ArgumentParser, words: list[str]) -> int:
     actions[0].choices.pop("lab", None)
     lab.add_parser(actions[0])
     return int(lab.run(top.parse_args(words)))
+
+
+def _settle_words(words: list[str]) -> list[str]:
+    """`routes [ADDRESS]` means `routes show [ADDRESS]`."""
+    if words[:1] == ["routes"] and words[1:2] not in (["render"], ["show"], ["-h"], ["--help"]):
+        return ["routes", "show", *words[1:]]
+    return words
 
 
 def _settle(args: argparse.Namespace) -> None:
@@ -145,8 +164,22 @@ def _add(
     return made
 
 
+def _manifest_options() -> argparse.ArgumentParser:
+    """Options of a command that reads manifests, or asks the node's agent."""
+    options = argparse.ArgumentParser(add_help=False)
+    _source_group(options)
+    return options
+
+
 def _cluster_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
+    group = _source_group(options)
+    group.add_argument("--kubeconfig", metavar="FILE", help="default: $KUBECONFIG, ~/.kube/config")
+    group.add_argument("--context", metavar="NAME", help="context of the kubeconfig")
+    return options
+
+
+def _source_group(options: argparse.ArgumentParser) -> Any:
     group = options.add_argument_group("where the cluster is read from")
     group.add_argument(
         *("-f", "--filename"),
@@ -159,10 +192,8 @@ def _cluster_options() -> argparse.ArgumentParser:
     group.add_argument(
         "--strict", action="store_true", help="manifests the API would refuse: exit 2"
     )
-    group.add_argument("--kubeconfig", metavar="FILE", help="default: $KUBECONFIG, ~/.kube/config")
-    group.add_argument("--context", metavar="NAME", help="context of the kubeconfig")
     group.add_argument("-n", "--namespace", metavar="NS", help="default: default, or the context's")
-    return options
+    return group
 
 
 def _output_option() -> argparse.ArgumentParser:
@@ -231,6 +262,12 @@ def _render(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
         action="store_true",
         help="deny addresses of the podCIDR without a pod",
     )
+    made.add_argument(
+        "--deny-with",
+        choices=("drop", "reject"),
+        default="drop",
+        help="what a denied packet meets (default: drop)",
+    )
 
 
 def _drops(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
@@ -239,6 +276,71 @@ def _drops(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     drops.add_argument("--pod", metavar="REF", help="only those from or to a pod")
     drops.add_argument("-n", "--namespace", metavar="NS", help="namespace of --pod")
     drops.add_argument("--since", metavar="WHEN", help="a span such as 10m, or an RFC 3339 time")
+
+
+def _services(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    made = _add(commands, "services", "what can be dialled on a node, and where it leads", parents)
+    made.add_argument("name", nargs="?", metavar="NAME", help="one Service: NAME or NS/NAME")
+    made.add_argument("--node", metavar="NODE", help="the node that is planned (with -f)")
+    for flag, dest, text in (
+        ("--service-cidr", "service_cidrs", "range that ClusterIPs are taken from"),
+        ("--nodeport-addresses", "nodeport_addresses", "the node's addresses that serve NodePorts"),
+        ("--external-ip-cidr", "external_ip_cidr", "range that external addresses must lie in"),
+    ):
+        made.add_argument(
+            flag, dest=dest, action="append", default=[], metavar="CIDR", help=f"{text}; repeatable"
+        )
+
+
+def _routes(
+    commands: Any,
+    *,
+    cluster: argparse.ArgumentParser,
+    node: argparse.ArgumentParser,
+    output: argparse.ArgumentParser,
+) -> None:
+    routes = commands.add_parser(
+        "routes",
+        help="what this node routes, and where an address goes; render: BIRD's configuration",
+        allow_abbrev=False,
+    )
+    actions = routes.add_subparsers(dest="action", metavar="ACTION", required=True)
+    # `routes [ADDRESS]` is what people type: see _settle_words.
+    show = _add(actions, "show", "what this node routes, or where an address goes", [node, output])
+    show.add_argument("address", nargs="?", metavar="ADDRESS", help="where do packets to it go?")
+    made = _add(
+        actions,
+        "render",
+        "the whole BIRD configuration that a node would get",
+        [cluster, output],
+    )
+    made.add_argument("--node", required=True, metavar="NODE")
+    made.add_argument(
+        "--interface", default="eth0", metavar="NAME", help="link to the others (default: eth0)"
+    )
+    for flag, dest, text in (
+        ("--subnet", "subnets", "an L2 segment of nodes (default: all nodes share one)"),
+        ("--cluster-cidr", "cluster_cidrs", "range that podCIDRs must lie in"),
+        ("--service-cidr", "service_cidrs", "range that no router may announce"),
+    ):
+        made.add_argument(
+            flag, dest=dest, action="append", default=[], metavar="CIDR", help=f"{text}; repeatable"
+        )
+    made.add_argument("--asn", type=int, default=64512, metavar="N", help="default: 64512")
+    made.add_argument(
+        "--overlay", choices=("never", "cross-subnet", "always"), default="cross-subnet"
+    )
+    made.add_argument("--encapsulation", choices=("vxlan", "ipip"), default="vxlan")
+    made.add_argument(
+        "--peers", metavar="FILE", help="YAML list of routers that all nodes peer with"
+    )
+    made.add_argument("--mesh", action=argparse.BooleanOptionalAction, default=True)
+    made.add_argument("--advertise-pod-cidr", action=argparse.BooleanOptionalAction, default=True)
+    for what in ("cluster-ip", "external-ip", "load-balancer-ip"):
+        made.add_argument(
+            f"--advertise-{what}", action=argparse.BooleanOptionalAction, default=False
+        )
+    made.add_argument("--drain", action="store_true", help="as while the node is drained")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from netpol.ctl.output import emit, write
@@ -13,9 +14,10 @@ from netpol.kernel.set_text import member_text, restore_text
 from netpol.kernel.table_text import transaction_text
 from netpol.lib.errors import NoAnswerError
 from netpol.model.net import FAMILIES, Family
+from netpol.model.ruleset import Ruleset
+from netpol.render import reject, static
 from netpol.render.node import Desired, render_node
-from netpol.render.options import RenderOptions
-from netpol.render.static import TABLE
+from netpol.render.options import DenyWith, RenderOptions
 
 _TOOLS = {Family.V4: "iptables-restore", Family.V6: "ip6tables-restore"}
 
@@ -37,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
         parts.append("# ipset restore\n" + sets_text(desired, families))
     if args.only != "sets":
         parts += [
-            f"# {_TOOLS[f]} --noflush\n" + transaction_text(transaction(desired, f))
+            f"# {_TOOLS[tx.family]} --noflush\n" + transaction_text(tx)
             for f in families
+            for tx in transactions(desired, f)
         ]
     write("".join(parts))
     return 0
@@ -52,6 +55,7 @@ def options(where: Cluster, args: argparse.Namespace) -> RenderOptions:
         pod_interfaces=tuple(args.pod_interfaces),
         hold_ranges=hold,
         own_addresses=node.addresses if node is not None else (),
+        deny_with=DenyWith(args.deny_with),
     )
 
 
@@ -67,11 +71,22 @@ def sets_text(desired: Desired, families: tuple[Family, ...]) -> str:
     return restore_text(SetTransaction(tuple(ops)))
 
 
-def transaction(desired: Desired, family: Family) -> TableTransaction:
-    """One family's rules on a node that has none of ours yet."""
-    ruleset = desired.rulesets[family]
-    chains = dict(sorted(ruleset.chains.items()))
-    return TableTransaction(TABLE, family, replace=chains, hooks=dict(ruleset.hooks))
+def transactions(desired: Desired, family: Family) -> list[TableTransaction]:
+    """One family's rules on a node that has none of ours yet, in the order in which they may come."""
+    return [
+        TableTransaction(
+            table, family, replace=dict(sorted(rules.chains.items())), hooks=dict(rules.hooks)
+        )
+        for table, rules in _tables(desired, family)
+    ]
+
+
+def _tables(desired: Desired, family: Family) -> Iterator[tuple[str, Ruleset]]:
+    """The tables that have something, that of the answers before the one that relies on it."""
+    answers = desired.filters[family]
+    if answers.chains:
+        yield reject.TABLE, answers
+    yield static.TABLE, desired.rulesets[family]
 
 
 def describe(
@@ -98,14 +113,15 @@ def describe(
     if only != "sets":
         document["rules"] = [
             {
-                "table": TABLE,
+                "table": table,
                 "family": int(family),
-                "hooks": {h.value: c for h, c in desired.rulesets[family].hooks.items()},
+                "hooks": {h.value: c for h, c in rules.hooks.items()},
                 "chains": {
                     name: [rule_text(r, family) for r in chain]
-                    for name, chain in sorted(desired.rulesets[family].chains.items())
+                    for name, chain in sorted(rules.chains.items())
                 },
             }
             for family in families
+            for table, rules in _tables(desired, family)
         ]
     return document

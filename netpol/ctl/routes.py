@@ -1,29 +1,74 @@
-"""`netpol-ctl routes`: what a node routes. `routes render` prints the BIRD configuration it would get."""
+"""`netpol-ctl routes`: what this node routes and where an address goes; `routes render` for BIRD."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from netpol.ctl.output import emit, remark
+from netpol.admin import client
+from netpol.ctl.output import emit, plural, remark, table
 from netpol.ctl.source import offline_manifests
 from netpol.lib.errors import InputError, NoAnswerError
-from netpol.model.net import Prefix, parse_prefix
-from routes.annotations import peer_of, read_yaml
+from netpol.model.net import Prefix, format_address, parse_address, parse_prefix
 from routes.bird.render import render
 from routes.options import (
     ASN_MAX,
     Encapsulation,
-    ExternalPeer,
     OverlayMode,
     RouteOptions,
 )
+from routes.peers_file import read_peers
 from routes.plan import plan
 from routes.vips import announced
 
 
 def run(args: argparse.Namespace) -> int:
+    """Answer what was asked of routes."""
+    return _render(args) if args.action == "render" else _show(args)
+
+
+def _show(args: argparse.Namespace) -> int:
+    if args.address is None:
+        answer = client.call(args.socket, "routes")
+        emit(answer, _text(answer), form=args.output)
+        return 0
+    try:
+        address = format_address(parse_address(args.address))
+    except ValueError as e:
+        raise InputError("routes", needed="an IP address", got=repr(args.address)) from e
+    answer = client.call(args.socket, "routes", address=address)
+    emit(answer, _lookup_text(answer), form=args.output)
+    return 0
+
+
+def _lookup_text(answer: dict[str, Any]) -> str:
+    line = f"{answer['address']}: {answer['where']}"
+    if answer["prefix"]:
+        line += f" ({answer['prefix']}" + (f" of {answer['peer']})" if answer["peer"] else ")")
+    return line
+
+
+def _text(answer: dict[str, Any]) -> str:
+    rows = answer["routes"]
+    odd = sum(r["kernel"] != "agrees" for r in rows) + len(answer["extra"])
+    state = (
+        "BIRD and the kernel agree" if not odd else f"{plural(odd, 'disagreement')} with the kernel"
+    )
+    lines = [f"{answer['node']}: {plural(len(rows), 'route')}, {state}"]
+    lines += table([_row(r) for r in rows], indent="  ")
+    lines += [f"  {p}: in the kernel, but not of BIRD's any more" for p in answer["extra"]]
+    lines += [f"  {p}: a node's range that nobody announces" for p in answer["missing"]]
+    return "\n".join(lines)
+
+
+def _row(route: dict[str, Any]) -> list[str]:
+    via = ", ".join(route["via"]) if route["reachable"] else "unreachable"
+    where = f"{via} on {route['interface']}" if route["reachable"] and route["interface"] else via
+    row = [route["prefix"], where, f"of {route['peer']}"]
+    return row if route["kernel"] == "agrees" else [*row, f"kernel: {route['kernel']}"]
+
+
+def _render(args: argparse.Namespace) -> int:
     """Print a node's BIRD configuration."""
     if not args.files:
         raise InputError("routes render", needed="-f PATH with the Node manifests")
@@ -66,7 +111,7 @@ def _options(args: argparse.Namespace) -> RouteOptions:
         overlay=OverlayMode(args.overlay),
         encapsulation=Encapsulation(args.encapsulation),
         mesh=args.mesh,
-        peers=read_peers(args.peers) if args.peers else (),
+        peers=read_peers(args.peers, flag="--peers") if args.peers else (),
         advertise_pod_cidr=args.advertise_pod_cidr,
         advertise_cluster_ip=args.advertise_cluster_ip,
         advertise_external_ip=args.advertise_external_ip,
@@ -82,27 +127,4 @@ def _prefixes(flag: str, texts: list[str]) -> tuple[Prefix, ...]:
             out.append(parse_prefix(text))
         except ValueError as e:
             raise InputError(flag, needed="a CIDR such as 10.0.1.0/24", got=repr(text)) from e
-    return tuple(out)
-
-
-def read_peers(path: str) -> tuple[ExternalPeer, ...]:
-    """Read the peers that every node has: a YAML list (docs/routes.md).
-
-    Raises:
-        InputError: with the item that is wrong, without what it holds.
-    """
-    try:
-        items: Any = read_yaml(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"--peers {path}", got=e.strerror or str(e)) from e
-    except ValueError as e:
-        raise InputError(f"--peers {path}", needed="YAML") from e
-    if not isinstance(items, list):
-        raise InputError(f"--peers {path}", needed="a list of peers", got=type(items).__name__)
-    out = []
-    for number, item in enumerate(items):
-        try:
-            out.append(peer_of(item, encoded=False))
-        except ValueError as e:
-            raise InputError(f"--peers {path}: [{number}]: {e}") from e
     return tuple(out)

@@ -2,55 +2,33 @@
 
 A wire object has the right structure already; what is left to doubt is its texts. An address that
 does not parse, a protocol or a port number that does not exist is left out and named as a `Problem`;
-all else of the object counts.
+all else of the object counts. Services and their slices are `build_services`'.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from functools import lru_cache
 
 from netpol.k8s import wire
-from netpol.model.ids import PORT_MAX, PORT_MIN, PORT_PROTOCOLS, ObjectKey, Protocol
-from netpol.model.labels import NAMESPACE_NAME_LABEL, Labels, labels
-from netpol.model.net import Prefix, parse_address, parse_prefix
-from netpol.model.networkpolicy import NetworkPolicy, NetworkPolicySpec
-from netpol.model.objects import (
-    ANNOTATION_PREFIXES,
-    ContainerPort,
-    Endpoint,
-    EndpointSlice,
-    Ingress,
-    Namespace,
-    Node,
-    Service,
-    ServicePort,
-    SliceEndpoint,
+from netpol.k8s.texts import (
+    Problems,
+    own_annotations,
+    read_addresses,
+    read_port,
+    read_protocol,
+    shared_text,
 )
+from netpol.model.ids import ObjectKey
+from netpol.model.labels import NAMESPACE_NAME_LABEL, Labels, labels
+from netpol.model.net import Prefix, parse_prefix
+from netpol.model.networkpolicy import NetworkPolicy, NetworkPolicySpec
+from netpol.model.objects import ContainerPort, Endpoint, Namespace, Node
 from netpol.model.policy import Problem
 
-#: The label that ties an EndpointSlice to its Service (discovery.k8s.io/v1 LabelServiceName).
-SERVICE_NAME_LABEL = "kubernetes.io/service-name"
+#: The taint of a node that the cluster's autoscaler is about to remove.
+AUTOSCALER_TAINT = "ToBeDeletedByClusterAutoscaler"
 
-#: Labels by which an object is none of this proxy's business: it has another proxy, or is headless.
-FOREIGN_LABELS = ("service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless")
-
-
-#: Seconds of session affinity where none are given (core/v1 DefaultClientIPServiceAffinitySeconds).
-AFFINITY_DEFAULT_S = 10800
-#: The longest that the API takes (core/v1 MaxClientIPServiceAffinitySeconds).
-AFFINITY_MAX_S = 86400
-
-#: spec.clusterIP of a headless Service (core/v1 ClusterIPNone).
-HEADLESS = "None"
-
-#: The type of slices that hold host names (discovery/v1 AddressTypeFQDN); a proxy has no use for them.
-FQDN = "FQDN"
-
-Problems = list[Problem]
-
-_PROTOCOLS = {p.value: p for p in PORT_PROTOCOLS}
 _EMPTY_SPEC = NetworkPolicySpec()
 
 
@@ -66,24 +44,7 @@ def _shared_ports(value: tuple[ContainerPort, ...]) -> tuple[ContainerPort, ...]
     return value
 
 
-@lru_cache(maxsize=4096)
-def _shared_text(value: str) -> str:
-    return value
-
-
-@lru_cache(maxsize=4096)
-def _shared_texts(value: tuple[str, ...]) -> tuple[str, ...]:
-    return value
-
-
-@lru_cache(maxsize=4096)
-def _shared_slice_ports(
-    value: tuple[tuple[str, Protocol, int], ...],
-) -> tuple[tuple[str, Protocol, int], ...]:
-    return value
-
-
-def pod(key: ObjectKey, meta: wire.Meta, obj: wire.WirePod, problems: Problems) -> Endpoint:
+def pod(key: ObjectKey, meta: wire.SwitchedMeta, obj: wire.WirePod, problems: Problems) -> Endpoint:
     """A Pod. `phase` is "" when status says nothing; the caller knows what that means."""
     spec, status = obj.spec, obj.status
     phase = node = ""
@@ -107,16 +68,29 @@ def pod(key: ObjectKey, meta: wire.Meta, obj: wire.WirePod, problems: Problems) 
         ports=ports,
         host_network=host_network,
         terminating=bool(meta.deletion_timestamp),
-        created=_shared_text(meta.creation_timestamp or ""),
+        created=shared_text(meta.creation_timestamp or ""),
+        masquerade=_masquerade(meta, problems),
     )
+
+
+def _masquerade(meta: wire.SwitchedMeta, problems: Problems) -> bool | None:
+    """The annotation netpol.io/masquerade; None where it says nothing."""
+    text = meta.annotations.masquerade if meta.annotations else None
+    if text is None:
+        return None
+    if text not in ("true", "false"):
+        field = "metadata.annotations[netpol.io/masquerade]"
+        problems.append(Problem(field, 'needed "true" or "false"'))
+        return None
+    return text == "true"
 
 
 def _pod_addresses(status: wire.WirePodStatus, problems: Problems) -> tuple[bytes, ...]:
     # The API keeps podIPs[0] == podIP; a manifest by hand may have only one of the two.
     texts = [entry.ip for entry in status.pod_ips or ()]
     if any(texts):
-        return _addresses(texts, "status.podIPs", problems)
-    return _addresses((status.pod_ip,), "status.podIP", problems)
+        return read_addresses(texts, "status.podIPs", problems)
+    return read_addresses((status.pod_ip,), "status.podIP", problems)
 
 
 def _container_ports(spec: wire.WirePodSpec, problems: Problems) -> tuple[ContainerPort, ...]:
@@ -130,19 +104,24 @@ def _container_ports(spec: wire.WirePodSpec, problems: Problems) -> tuple[Contai
                 continue  # runs to its end before the pod serves anything
             for j, port in enumerate(container.ports or ()):
                 where = f"{field}[{i}].ports[{j}]"
-                protocol = _protocol(port.protocol, where, problems)
-                number = _port_number(port.container_port, f"{where}.containerPort", problems)
+                protocol = read_protocol(port.protocol, where, problems)
+                number = read_port(port.container_port, f"{where}.containerPort", problems)
                 if protocol is not None and number is not None:
                     ports.append(ContainerPort(sys.intern(port.name or ""), protocol, number))
     return _shared_ports(tuple(ports)) if ports else ()
 
 
 def namespace(
-    key: ObjectKey, meta: wire.Meta, _obj: wire.WireNamespace, _problems: Problems
+    key: ObjectKey, meta: wire.SwitchedMeta, _obj: wire.WireNamespace, problems: Problems
 ) -> Namespace:
     """A Namespace; the label that the API server would add is there in any case."""
     mine = {**(meta.labels or {}), NAMESPACE_NAME_LABEL: key.name}
-    return Namespace(name=key.name, uid=meta.uid or "", labels=labels(mine))
+    return Namespace(
+        name=key.name,
+        uid=meta.uid or "",
+        labels=labels(mine),
+        masquerade=_masquerade(meta, problems),
+    )
 
 
 def node(key: ObjectKey, meta: wire.Meta, obj: wire.WireNode, problems: Problems) -> Node:
@@ -165,10 +144,12 @@ def node(key: ObjectKey, meta: wire.Meta, obj: wire.WireNode, problems: Problems
         name=key.name,
         uid=meta.uid or "",
         labels=labels(meta.labels),
-        addresses=_addresses(texts, "status.addresses", problems),
+        addresses=read_addresses(texts, "status.addresses", problems),
         pod_cidrs=tuple(cidrs),
-        annotations=_annotations(meta),
+        annotations=own_annotations(meta),
         created=meta.creation_timestamp or "",
+        leaving=bool(meta.deletion_timestamp)
+        or any(taint.key == AUTOSCALER_TAINT for taint in spec.taints or ()),
     )
 
 
@@ -182,202 +163,3 @@ def network_policy(
         spec=obj.spec or _EMPTY_SPEC,
         created=meta.creation_timestamp or "",
     )
-
-
-def service(key: ObjectKey, meta: wire.Meta, obj: wire.WireService, problems: Problems) -> Service:
-    """A Service; a headless one has no cluster IPs."""
-    spec = obj.spec or wire.WireServiceSpec()
-    texts = spec.cluster_ips or [spec.cluster_ip or ""]
-    ranges, unread = _source_ranges(spec.load_balancer_source_ranges or (), problems)
-    kind = spec.type or "ClusterIP"
-    return Service(
-        key=key,
-        uid=meta.uid or "",
-        type=sys.intern(kind),
-        cluster_ips=_addresses([t for t in texts if t != HEADLESS], "spec.clusterIPs", problems),
-        selector=labels(spec.selector),
-        ports=_service_ports(spec, problems),
-        headless=HEADLESS in texts,
-        foreign=_foreign(meta),
-        external_name=(spec.external_name or "") if kind == "ExternalName" else "",
-        external_ips=_addresses(spec.external_ips or (), "spec.externalIPs", problems),
-        ingress=_ingress(obj.status, problems),
-        internal_local=_local(spec.internal_traffic_policy, "internalTrafficPolicy", problems),
-        external_local=_local(spec.external_traffic_policy, "externalTrafficPolicy", problems),
-        traffic_distribution=sys.intern(spec.traffic_distribution or ""),
-        affinity_s=_affinity(spec, problems),
-        source_ranges=ranges,
-        source_ranges_unread=unread,
-        load_balancer_class=sys.intern(spec.load_balancer_class or ""),
-        requested_ip=spec.load_balancer_ip or "",
-        health_port=spec.health_check_node_port or 0,
-        publish_not_ready=bool(spec.publish_not_ready_addresses),
-        annotations=_annotations(meta),
-        created=_shared_text(meta.creation_timestamp or ""),
-        terminating=bool(meta.deletion_timestamp),
-    )
-
-
-def _service_ports(spec: wire.WireServiceSpec, problems: Problems) -> tuple[ServicePort, ...]:
-    ports: list[ServicePort] = []
-    for i, port in enumerate(spec.ports or ()):
-        where = f"spec.ports[{i}]"
-        protocol = _protocol(port.protocol, where, problems)
-        number = _port_number(port.port, f"{where}.port", problems)
-        if protocol is None or number is None:
-            continue
-        # 0 and "" are how "not set" is written for an IntOrString.
-        target = port.target_port or number
-        if isinstance(target, int) and not _port_number(target, f"{where}.targetPort", problems):
-            continue
-        node_port = port.node_port or 0
-        if node_port and _port_number(node_port, f"{where}.nodePort", problems) is None:
-            node_port = 0
-        name = sys.intern(port.name or "")
-        ports.append(ServicePort(name, protocol, number, target, node_port))
-    return tuple(ports)
-
-
-def _foreign(meta: wire.Meta) -> bool:
-    return any(label in (meta.labels or ()) for label in FOREIGN_LABELS)
-
-
-def _annotations(meta: wire.Meta) -> Labels:
-    """The annotations that a room may read."""
-    given = meta.annotations if isinstance(meta, wire.AnnotatedMeta) else None
-    return labels({k: v for k, v in (given or {}).items() if k.startswith(ANNOTATION_PREFIXES)})
-
-
-def _local(text: str | None, name: str, problems: Problems) -> bool:
-    if text not in (None, "", "Cluster", "Local"):
-        problems.append(Problem(f"spec.{name}", f"{text!r} is not Cluster or Local"))
-    return text == "Local"
-
-
-def _affinity(spec: wire.WireServiceSpec, problems: Problems) -> int:
-    if spec.session_affinity not in (None, "", "None", "ClientIP"):
-        wrong = f"{spec.session_affinity!r} is not ClientIP or None"
-        problems.append(Problem("spec.sessionAffinity", wrong))
-    if spec.session_affinity != "ClientIP":
-        return 0
-    config = spec.session_affinity_config
-    seconds = config.client_ip.timeout_seconds if config and config.client_ip else None
-    if seconds is None:
-        return AFFINITY_DEFAULT_S
-    if not 0 < seconds <= AFFINITY_MAX_S:
-        field = "spec.sessionAffinityConfig.clientIP.timeoutSeconds"
-        problems.append(Problem(field, f"{seconds} is not in 1..{AFFINITY_MAX_S}"))
-        return AFFINITY_DEFAULT_S
-    return seconds
-
-
-def _source_ranges(texts: Iterable[str], problems: Problems) -> tuple[tuple[Prefix, ...], bool]:
-    """The ranges that can be read, and whether one could not; the API lets blanks around them pass."""
-    found: list[Prefix] = []
-    unread = False
-    for i, text in enumerate(texts):
-        try:
-            found.append(parse_prefix(text.strip()))
-        except ValueError as e:
-            unread = True
-            problems.append(Problem(f"spec.loadBalancerSourceRanges[{i}]", str(e)))
-    return tuple(dict.fromkeys(found)), unread
-
-
-def _ingress(status: wire.WireServiceStatus | None, problems: Problems) -> tuple[Ingress, ...]:
-    balancer = status.load_balancer if status else None
-    found: list[Ingress] = []
-    for i, entry in enumerate((balancer.ingress if balancer else None) or ()):
-        packed = _addresses((entry.ip,), f"status.loadBalancer.ingress[{i}].ip", problems)
-        address = packed[0] if packed else b""
-        if address or entry.hostname:
-            proxied = entry.ip_mode not in (None, "", "VIP")
-            found.append(Ingress(address, entry.hostname or "", proxied))
-    return tuple(found)
-
-
-def endpoint_slice(
-    key: ObjectKey, meta: wire.Meta, obj: wire.WireEndpointSlice, problems: Problems
-) -> EndpointSlice:
-    """An EndpointSlice. Its Service has the name "" when the label is missing; port 0 is "all ports".
-
-    Endpoints of the type FQDN are left out.
-    """
-    address_type = sys.intern(obj.address_type or "")
-    ports: list[tuple[str, Protocol, int]] = []
-    for i, port in enumerate(obj.ports or ()):
-        where = f"ports[{i}]"
-        protocol = _protocol(port.protocol, where, problems)
-        number = 0 if port.port is None else _port_number(port.port, f"{where}.port", problems)
-        if protocol is not None and number is not None:
-            ports.append((sys.intern(port.name or ""), protocol, number))
-    endpoints = tuple(
-        _slice_endpoint(key.namespace, entry, f"endpoints[{i}].addresses", problems)
-        for i, entry in enumerate(obj.endpoints or () if address_type != FQDN else ())
-    )
-    return EndpointSlice(
-        key=key,
-        uid=meta.uid or "",
-        service=ObjectKey(key.namespace, (meta.labels or {}).get(SERVICE_NAME_LABEL, "")),
-        address_type=address_type,
-        ports=_shared_slice_ports(tuple(ports)),
-        endpoints=endpoints,
-        foreign=_foreign(meta),
-        annotations=_annotations(meta),
-    )
-
-
-def _slice_endpoint(
-    ns: str, entry: wire.WireEndpoint, field: str, problems: Problems
-) -> SliceEndpoint:
-    reference, conditions = entry.target_ref, entry.conditions or wire.WireEndpointConditions()
-    target = None
-    if reference is not None and reference.kind == "Pod" and reference.name:
-        target = ObjectKey(sys.intern(reference.namespace or ns), reference.name)
-    hints = entry.hints or wire.WireHints()
-    return SliceEndpoint(
-        addresses=_addresses(entry.addresses or (), field, problems),
-        node=sys.intern(entry.node_name or ""),
-        pod=target,
-        ready=conditions.ready is not False,
-        serving=conditions.serving is not False,
-        terminating=conditions.terminating is True,
-        zone=sys.intern(entry.zone or ""),
-        for_zones=_hints(hints.for_zones),
-        for_nodes=_hints(hints.for_nodes),
-    )
-
-
-def _hints(entries: list[wire.WireHint] | None) -> tuple[str, ...]:
-    return _shared_texts(tuple(e.name or "" for e in entries)) if entries else ()
-
-
-def _addresses(texts: Iterable[str | None], field: str, problems: Problems) -> tuple[bytes, ...]:
-    """Parse addresses in order, without repetitions; empty texts mean "none yet"."""
-    found: list[bytes] = []
-    for text in texts:
-        if not text:
-            continue
-        try:
-            packed = parse_address(text)
-        except ValueError as e:
-            problems.append(Problem(field, str(e)))
-            continue
-        if packed not in found:
-            found.append(packed)
-    return tuple(found)
-
-
-def _protocol(text: str | None, where: str, problems: Problems) -> Protocol | None:
-    """The protocol of a declared port; absent means TCP, as the API server defaults it."""
-    protocol = _PROTOCOLS.get(text or "TCP")
-    if protocol is None:
-        problems.append(Problem(f"{where}.protocol", f"{text!r} is not TCP, UDP or SCTP"))
-    return protocol
-
-
-def _port_number(number: int | None, field: str, problems: Problems) -> int | None:
-    if number is None or not PORT_MIN <= number <= PORT_MAX:
-        problems.append(Problem(field, f"{number} is not a port ({PORT_MIN}-{PORT_MAX})"))
-        return None
-    return number

@@ -92,6 +92,10 @@ class Store(Generic[T]):
         """The object of a key."""
         return self._objects.get(key)
 
+    def version(self, key: ObjectKey) -> str:
+        """The resourceVersion of a key's object, to guard an update with; "" where it is no number."""
+        return str(self._versions[key]) if key in self._versions else ""
+
     @property
     def objects(self) -> Mapping[ObjectKey, T]:
         """A live view of all objects; copy it before awaiting anything."""

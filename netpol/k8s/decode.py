@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from netpol.k8s import build, wire
+from netpol.k8s import build, build_services, wire
 from netpol.k8s.errors import DecodeError
 from netpol.model.ids import ObjectKey
 from netpol.model.networkpolicy import NetworkPolicy
@@ -137,7 +137,7 @@ NETWORK_POLICY: ResourceKind[NetworkPolicy] = ResourceKind(
     build.network_policy,
 )
 SERVICE: ResourceKind[Service] = ResourceKind(
-    "Service", "v1", "services", True, wire.WireService, build.service
+    "Service", "v1", "services", True, wire.WireService, build_services.service
 )
 ENDPOINT_SLICE: ResourceKind[EndpointSlice] = ResourceKind(
     "EndpointSlice",
@@ -145,7 +145,7 @@ ENDPOINT_SLICE: ResourceKind[EndpointSlice] = ResourceKind(
     "endpointslices",
     True,
     wire.WireEndpointSlice,
-    build.endpoint_slice,
+    build_services.endpoint_slice,
 )
 
 #: Every kind by its name, as `kind:` in a manifest has it.

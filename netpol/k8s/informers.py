@@ -101,6 +101,13 @@ class InformerSet:
         self._tasks.spawn(f"watch {name}", informer.run())
         return informer
 
+    def share(
+        self, kind: ResourceKind[T], *, name: str = "", selection: Selection | None = None
+    ) -> Informer[T]:
+        """The watch of that name, started if it does not run: two rooms need one."""
+        found: Informer[T] | None = self._informers.get(name or kind.plural)
+        return found or self.start(kind, name=name, selection=selection)
+
     async def stop(self, name: str, *, clear: bool = True) -> None:
         """Stop a watch; unknown names are fine.
 

@@ -54,16 +54,16 @@ class StructureError(Exception):
 
 _T, _I, _B, _IT, _M = Leaf.TEXT, Leaf.INT, Leaf.BOOL, Leaf.INT_OR_TEXT, Leaf.TEXTS
 
-META = Fields(
-    {
-        "name": _T,
-        "namespace": _T,
-        "uid": _T,
-        "labels": _M,
-        "creationTimestamp": _T,
-        "deletionTimestamp": _T,
-    }
-)
+_META: dict[str, Schema] = {
+    "name": _T,
+    "namespace": _T,
+    "uid": _T,
+    "labels": _M,
+    "creationTimestamp": _T,
+    "deletionTimestamp": _T,
+}
+META = Fields(_META)
+ANNOTATED_META = Fields({**_META, "annotations": _M})
 _SELECTOR = Fields(
     {
         "matchLabels": _M,
@@ -110,6 +110,40 @@ _POD_SPEC = Fields(
         "initContainers": _CONTAINERS,
     }
 )
+_SERVICE_SPEC = Fields(
+    {
+        "type": _T,
+        "clusterIP": _T,
+        "clusterIPs": Items(_T),
+        "externalIPs": Items(_T),
+        "externalName": _T,
+        "selector": _M,
+        "ports": Items(
+            Fields({"name": _T, "protocol": _T, "port": _I, "targetPort": _IT, "nodePort": _I})
+        ),
+        "internalTrafficPolicy": _T,
+        "externalTrafficPolicy": _T,
+        "trafficDistribution": _T,
+        "sessionAffinity": _T,
+        "sessionAffinityConfig": Fields({"clientIP": Fields({"timeoutSeconds": _I})}),
+        "loadBalancerSourceRanges": Items(_T),
+        "loadBalancerClass": _T,
+        "loadBalancerIP": _T,
+        "healthCheckNodePort": _I,
+        "publishNotReadyAddresses": _B,
+    }
+)
+_HINTS = Items(Fields({"name": _T}))
+_ENDPOINT = Fields(
+    {
+        "addresses": Items(_T),
+        "conditions": Fields({"ready": _B, "serving": _B, "terminating": _B}),
+        "nodeName": _T,
+        "zone": _T,
+        "hints": Fields({"forZones": _HINTS, "forNodes": _HINTS}),
+        "targetRef": Fields({"kind": _T, "namespace": _T, "name": _T}),
+    }
+)
 
 #: What is read of each kind, by kind.
 SCHEMAS: dict[str, Fields] = {
@@ -128,53 +162,30 @@ SCHEMAS: dict[str, Fields] = {
     ),
     "Node": Fields(
         {
-            "metadata": META,
+            "metadata": ANNOTATED_META,
             "spec": Fields({"podCIDR": _T, "podCIDRs": Items(_T)}),
             "status": Fields({"addresses": Items(Fields({"type": _T, "address": _T}))}),
         }
     ),
     "Service": Fields(
         {
-            "metadata": META,
-            "spec": Fields(
-                {
-                    "type": _T,
-                    "clusterIP": _T,
-                    "clusterIPs": Items(_T),
-                    "externalIPs": Items(_T),
-                    "selector": _M,
-                    "ports": Items(
-                        Fields(
-                            {
-                                "name": _T,
-                                "protocol": _T,
-                                "port": _I,
-                                "targetPort": _IT,
-                                "nodePort": _I,
-                            }
-                        )
-                    ),
-                }
-            ),
+            "metadata": ANNOTATED_META,
+            "spec": _SERVICE_SPEC,
             "status": Fields(
-                {"loadBalancer": Fields({"ingress": Items(Fields({"ip": _T}))})},
+                {
+                    "loadBalancer": Fields(
+                        {"ingress": Items(Fields({"ip": _T, "hostname": _T, "ipMode": _T}))}
+                    )
+                },
             ),
         }
     ),
     "EndpointSlice": Fields(
         {
-            "metadata": META,
+            "metadata": ANNOTATED_META,
+            "addressType": _T,
             "ports": Items(Fields({"name": _T, "protocol": _T, "port": _I})),
-            "endpoints": Items(
-                Fields(
-                    {
-                        "addresses": Items(_T),
-                        "conditions": Fields({"ready": _B, "serving": _B, "terminating": _B}),
-                        "nodeName": _T,
-                        "targetRef": Fields({"kind": _T, "namespace": _T, "name": _T}),
-                    }
-                )
-            ),
+            "endpoints": Items(_ENDPOINT),
         }
     ),
 }

@@ -17,7 +17,6 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -30,7 +29,7 @@ from netpol.k8s.manifest_slices import derive_slices
 from netpol.lib.errors import InputError
 from netpol.model.ids import ObjectKey
 from netpol.model.labels import NAMESPACE_NAME_LABEL, labels
-from netpol.model.net import Prefix, parse_address, parse_prefix
+from netpol.model.net import Prefix, parse_prefix
 from netpol.model.networkpolicy import NetworkPolicy
 from netpol.model.objects import Endpoint, EndpointSlice, Namespace, Node, Service
 
@@ -240,24 +239,12 @@ class _Reader:
                 ) from None
             raise InputError(f"{title}: {e.path or 'object'}", needed=e.needed, got=e.got) from None
         self._store(kind, decoded.key, decoded.value)
-        if kind == "Service":
-            self._service_extras(decoded.key, plain)
         found = [(path, "unknown field, it has no effect") for path in unknown]
         found += [(p.field, p.message) for p in decoded.problems]
         found += _name_problems(kind, decoded.key, plain)
         self._out.problems.extend(
             ManifestProblem(self._origin, kind, decoded.key, where, what) for where, what in found
         )
-
-    def _service_extras(self, key: ObjectKey, plain: dict[str, Any]) -> None:
-        """What explain needs of a Service and the shared model does not keep."""
-        headless, addresses = service_extras(plain)
-        out = self._out
-        out.headless.discard(key)
-        if headless:
-            out.headless.add(key)
-        out.external_ips = {a: k for a, k in out.external_ips.items() if k != key}
-        out.external_ips.update(dict.fromkeys(addresses, key))
 
     def _store(self, kind: str, key: ObjectKey, value: Any) -> None:
         out = self._out
@@ -279,22 +266,13 @@ class _Reader:
                 out.policies[key] = value
             case Service():
                 out.services[key] = value
+                out.headless -= {key}
+                if value.headless:
+                    out.headless.add(key)
+                out.external_ips = {a: k for a, k in out.external_ips.items() if k != key}
+                out.external_ips.update(dict.fromkeys(value.outside_addresses, key))
             case EndpointSlice():
                 out.slices[key] = value
-
-
-def service_extras(plain: dict[str, Any]) -> tuple[bool, list[bytes]]:
-    """Whether a Service's wire object is headless, and its addresses outside the cluster."""
-    spec, status = plain.get("spec") or {}, plain.get("status") or {}
-    headless = spec.get("clusterIP") == "None" or "None" in (spec.get("clusterIPs") or ())
-    balancer = status.get("loadBalancer") or {}
-    texts = list(spec.get("externalIPs") or ())
-    texts += [i.get("ip") for i in balancer.get("ingress") or ()]
-    addresses = []
-    for text in texts:
-        with suppress(ValueError):  # a wrong one leads nowhere
-            addresses.append(parse_address(text or ""))
-    return headless, addresses
 
 
 def _title(value: dict[str, Any], *, namespaced: bool) -> str:
@@ -351,7 +329,12 @@ def _complete(out: Manifests) -> None:
                 addresses = (address,)
                 out.assigned.append(key)
         out.pods[key] = _running(pod, addresses)
-    derived = derive_slices(out.services.values(), out.pods.values(), out.slices.values())
+    derived = derive_slices(
+        out.services.values(),
+        out.pods.values(),
+        out.slices.values(),
+        zones={n.name: n.zone for n in out.nodes.values()},
+    )
     out.slices.update({s.key: s for s in derived})
 
 

@@ -79,15 +79,30 @@ class WirePodStatus(WireStruct):
     pod_ips: list[WirePodIP] | None = msgspec.field(default=None, name="podIPs")
 
 
+class Switches(msgspec.Struct, gc=False):
+    """The annotations that are read of a Pod or Namespace; others are passed over without being built."""
+
+    masquerade: str | None = msgspec.field(default=None, name="netpol.io/masquerade")
+
+
+class SwitchedMeta(Meta):
+    """ObjectMeta of a kind that can be many, with the annotations that are read of it."""
+
+    annotations: Switches | None = None
+
+
 class WirePod(WireObject):
     """core/v1 Pod."""
 
+    metadata: SwitchedMeta | None = None
     spec: WirePodSpec | None = None
     status: WirePodStatus | None = None
 
 
 class WireNamespace(WireObject):
     """core/v1 Namespace."""
+
+    metadata: SwitchedMeta | None = None
 
 
 class WireNodeAddress(WireStruct):
@@ -97,9 +112,16 @@ class WireNodeAddress(WireStruct):
     address: str | None = None
 
 
+class WireTaint(WireStruct):
+    """core/v1 Taint."""
+
+    key: str | None = None
+
+
 class WireNodeSpec(WireStruct):
     """core/v1 NodeSpec."""
 
+    taints: list[WireTaint] | None = None
     pod_cidr: str | None = msgspec.field(default=None, name="podCIDR")
     pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
 

@@ -6,6 +6,7 @@ is proven by the walker (`tests/walker/test_services.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,6 +61,12 @@ ALLOWED = {
     "both name each other": TO_BACKEND | OWN,
     "backend shut": OF_THE_NODE | OWN | {"vip of other"},
 }
+
+
+@pytest.fixture(scope="module")
+def guest(answers_of: Callable[[str], Guest]) -> Guest:
+    """What the group wrote, by the name of each step."""
+    return answers_of("policy")
 
 
 def answered(answers: dict[str, str]) -> dict[str, str]:

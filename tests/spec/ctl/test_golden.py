@@ -11,6 +11,7 @@ from netpol.ctl.main import main
 
 HERE = Path(__file__).parent
 SHOP, CORNERS, BAD = "-f worlds/shop.yaml", "-f worlds/corners.yaml", "-f worlds/bad-policies.yaml"
+SERVICES = "-f worlds/services.yaml"
 
 CASES = {
     "pod-two-directions": f"explain pod/api -n shop {SHOP}",
@@ -45,6 +46,11 @@ CASES = {
     "family-6": f"explain x/client --to x/server-1 --port 80 --ip-family 6 {CORNERS}",
     "family-missing": f"explain x/client --to x/server-2 --port 80 --ip-family 6 {CORNERS}",
     "ended-pod": f"explain x/done --to x/server-1 --port 80 {CORNERS}",
+    "services": f"services --node node-a {SERVICES}",
+    "services-other-node": f"services --node node-b {SERVICES}",
+    "services-json": f"services --node node-a -o json {SERVICES}",
+    "services-named": f"services --node node-b -o yaml shop/near {SERVICES}",
+    "services-no-such-node": f"services --node nowhere {SERVICES}",
     "matrix": f"matrix {SHOP}",
     "matrix-json": f"matrix -n shop --port 5432 --port metrics/tcp -o json {SHOP}",
     "matrix-external": f"matrix --port 8080 --external 203.0.113.7 --external fd00::9 {CORNERS}",

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from netpol.config import Settings, load, parser
+from proxy.lbcontroller import LEASE_NAME, LEASE_NAMESPACE
 
 MANIFESTS = Path(__file__).parents[3] / "manifests"
 KUBECTL = shutil.which("kubectl") or str(Path(__file__).parents[3] / ".venv" / "bin" / "kubectl")
@@ -54,6 +55,55 @@ def test_the_daemonset_uses_what_the_others_define():
     assert settings.admin_socket.startswith(mounts["run"] + "/")
     assert agent["ports"][0]["containerPort"] == int(settings.health_addr.rpartition(":")[2])
     assert agent["env"][0]["name"] == "NETPOL_NODE"
+
+
+def test_the_proxy_may_do_what_the_allocator_does_and_no_more():
+    roles = {o["kind"]: o for o in yaml.safe_load_all((MANIFESTS / "proxy/rbac.yaml").read_text())}
+    assert roles["ClusterRole"]["rules"] == [
+        {"apiGroups": [""], "resources": ["services/status"], "verbs": ["patch"]}
+    ]
+    create, rest = roles["Role"]["rules"]
+    assert create["verbs"] == ["create"]
+    assert rest["verbs"] == ["get", "update"]
+    assert rest["resourceNames"] == [LEASE_NAME]
+    assert roles["Role"]["metadata"]["namespace"] == LEASE_NAMESPACE
+
+
+def with_proxy(tmp_path):
+    """The manifests with the component taken in."""
+    folder = tmp_path / "manifests"
+    shutil.copytree(MANIFESTS, folder)
+    file = folder / "kustomization.yaml"
+    file.write_text(
+        file.read_text().replace("# components:", "components:").replace("#   -", "  -")
+    )
+    return folder
+
+
+@pytest.mark.skipif(not Path(KUBECTL).exists(), reason="no kubectl")
+def test_the_proxy_is_a_component_whose_settings_are_good(tmp_path):
+    done = subprocess.run(
+        [KUBECTL, "kustomize", str(with_proxy(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = list(yaml.safe_load_all(done.stdout))
+    assert sorted(o["kind"] for o in found).count("Role") == 1
+    (daemon,) = [o for o in found if o["kind"] == "DaemonSet"]
+    pod = daemon["spec"]["template"]["spec"]
+    (agent,) = pod["containers"]
+    given = {e["name"]: e["value"] for e in agent["env"] if "value" in e}
+    files = {k: v for k, v in given.items() if k.endswith("_FILE")}
+    assert set(files) == {"NETPOL_TOKEN_FILE", "NETPOL_CA_FILE"}
+    settings = load(parser().parse_args([]), {k: v for k, v in given.items() if k not in files})
+    assert settings.proxy
+    mounts = {m["name"]: m["mountPath"] for m in agent["volumeMounts"]}
+    assert {v["name"] for v in pod["volumes"]} == set(mounts)
+    assert settings.run_dir == mounts["run"]
+    assert settings.netns_dir == mounts["netns"]
+    ports = {p["containerPort"] for p in agent["ports"]}
+    assert int(settings.proxy_health_addr.rpartition(":")[2]) in ports
 
 
 @pytest.mark.skipif(not Path(KUBECTL).exists(), reason="no kubectl")

@@ -1,0 +1,105 @@
+"""What the proxy part shows: its room in the status document, its metrics, a Service as the kernel has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import Metric
+
+from netpol.admin.health import counter, gauge
+from netpol.model.net import format_address
+from proxy.lbcontroller import describe_faults
+from proxy.status import Live
+
+if TYPE_CHECKING:
+    from netpol.agent.proxy import ProxyPart
+
+
+def document(part: ProxyPart) -> dict[str, Any]:
+    """The proxy's room in the status document."""
+    status, balancer = part.room.status, part.balancer
+    latency_s = status.latency_s
+    out: dict[str, Any] = {
+        "services": status.services,
+        "servers": status.servers,
+        "addresses": status.vips,
+        "draining": status.draining,
+        "last_apply_ms": None if latency_s is None else round(latency_s * 1000, 2),
+        "applies": status.applies,
+        "reconciles": status.reconciles,
+        "operations": status.operations,
+        "drifts": status.drifts,
+        "last_drift": status.drift,
+        "failures": status.failures,
+        "health_ports": len(part.ports.listening),
+        "healthy": part.health.healthy(),
+        "foreign_servers": len(status.foreign),
+        "errors": [status.error] if status.error else [],
+        "refused_services": {
+            str(k): [f"{r.reason}: {r.message}" for r in p.refused]
+            for k, p in sorted(part.refused.items())
+        },
+    }
+    if balancer is not None:
+        out["load_balancer"] = {
+            "leading": balancer.elector.leading,
+            "leader": balancer.elector.holder,
+            "written": balancer.writes,
+            "waiting": describe_faults(balancer.faults),
+            "last_error": balancer.elector.last_error,
+        }
+    return out
+
+
+def metrics(part: ProxyPart) -> Iterable[Metric]:
+    """The proxy's metrics."""
+    status, balancer = part.room.status, part.balancer
+    yield gauge("proxy_generation", "Changes of plans of Services", part.room.generation)
+    applied = status.applied_generation
+    yield gauge("proxy_applied_generation", "Those that are in the kernel", applied)
+    yield gauge("proxy_services", "Services that are served", status.services)
+    yield gauge("proxy_servers", "Virtual servers in IPVS that are ours", status.servers)
+    yield gauge("proxy_addresses", "Addresses of Services on this node", status.vips)
+    yield gauge("proxy_draining", "Real servers that take no new connections", status.draining)
+    yield gauge("proxy_healthy", "1 when no change waits for too long", part.health.healthy())
+    yield gauge("proxy_errors", "Services that the kernel refuses a part of", len(status.errors))
+    yield gauge("proxy_refused", "Services with an address that is not served", len(part.refused))
+    yield gauge("proxy_foreign", "Virtual servers that are somebody else's", len(status.foreign))
+    yield counter("proxy_applies", "Plans applied to the kernel", status.applies)
+    yield counter("proxy_apply_failures", "Applies that failed and were repeated", status.failures)
+    yield counter("proxy_operations", "Operations on IPVS", status.operations)
+    yield counter("proxy_drifts", "Times the kernel was found changed by others", status.drifts)
+    leading = balancer is not None and balancer.elector.leading
+    yield gauge("proxy_balancer_leading", "1 while this agent gives addresses", leading)
+    written = balancer.writes if balancer is not None else 0
+    yield counter("proxy_balancer_writes", "Statuses of Services written", written)
+
+
+def describe_live(live: Live) -> dict[str, Any]:
+    """What the kernel has of a Service: servers that are wanted, with their real servers."""
+    servers = []
+    for id_ in live.wanted:
+        state = live.states.get(id_)
+        draining: Mapping[Any, float] = live.draining.get(id_, {})
+        servers.append(
+            {
+                "address": format_address(id_.address) if id_.address else "",
+                "port": id_.port,
+                "protocol": id_.protocol.value if id_.protocol else "",
+                "fwmark": id_.fwmark,
+                "present": state is not None,
+                "reals": [
+                    {
+                        "address": format_address(real.address),
+                        "port": real.port,
+                        "weight": found.config.weight,
+                        "active": found.active,
+                        "inactive": found.inactive,
+                        "draining_s": round(draining[real], 1) if real in draining else None,
+                    }
+                    for real, found in sorted((state.reals if state else {}).items())
+                ],
+            }
+        )
+    return {"servers": servers, "errors": list(live.errors)}

@@ -1,0 +1,400 @@
+"""The proxy's room: applies plans to the kernel when told, looks for drift, drains, tries again.
+
+Owns when something is done; what is done, `proxy.apply` knows. Nothing is written before `start` was told
+that the caches are in sync; what a former agent left stays in force until then and is taken over.
+
+A run does what changed, at the cost of what changed. After a failure of the run itself, and when a look
+finds drift, the next run looks at everything. What the kernel refuses of a Service is an error of that
+Service: the others go on, and it is tried again at growing intervals after reading it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+import structlog
+
+from netpol.aio.backoff import Backoff
+from netpol.aio.clock import Clock, SystemClock
+from netpol.aio.runner import BoundedRunner
+from netpol.lib.errors import NetpolError
+from netpol.model.ids import ObjectKey
+from netpol.model.ipvs import ServerId
+from proxy.apply import Applier, Drivers
+from proxy.desired import Desired
+from proxy.ledger_file import LedgerFile
+from proxy.look import Look, Touched
+from proxy.lower import KernelPart, lower
+from proxy.marks import MarkKey, Marks
+from proxy.rows import ServicePlan
+from proxy.status import Live, RoomStatus, SyncOptions
+from proxy.work import Static
+
+_log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+#: After a write the kernel is read back at growing intervals, since whoever undoes us does it soon.
+FIRST_LOOK_S = 0.05
+LAST_LOOK_S = 30.0
+#: Looks take at most this part of the time. They share the processor with changes, and long ones, of large
+#: tables, must be so seldom that hardly any change meets one.
+LOOK_SHARE, LONG_LOOK_SHARE, LONG_LOOK_S = 0.1, 0.01, 0.2
+#: How often it is looked whether draining backends are idle.
+DRAIN_LOOK_S = 1.0
+#: What was refused is tried again after this, then after twice as long, and so on.
+FIRST_RETRY_S = 0.5
+LAST_RETRY_S = 30.0
+_NEVER = float("inf")
+
+
+class ProxyRoom:
+    """Applies plans of Services to the kernel.
+
+    Args:
+        ledger: the ledger's file, not loaded yet.
+        static: tells rules, sets and sources anew, at every look at everything.
+        sysctls: keeps the node's settings, and tells why it cannot.
+        applied: told after every run that may have changed what IPVS serves.
+    """
+
+    def __init__(
+        self,
+        drivers: Drivers,
+        *,
+        ledger: LedgerFile,
+        static: Callable[[], Static],
+        options: SyncOptions | None = None,
+        sysctls: Callable[[], Sequence[str]] = tuple,
+        clock: Clock | None = None,
+        applied: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._options = options or SyncOptions()
+        self._drivers, self._static, self._sysctls = drivers, static, sysctls
+        self._tell_applied = applied
+        self._clock = clock or SystemClock()
+        self._applier = Applier(drivers, ledger, grace_s=self._options.drain_s, clock=self._clock)
+        self._desired = Desired()
+        self._marks = Marks(self._options.mark_mask)
+        self._pending: dict[ObjectKey, ServicePlan | None] = {}
+        self._faulty: dict[ObjectKey, ServicePlan] = {}  # lacked something that may be there later
+        self.status = RoomStatus()
+        self.generation = 0
+        self.runner = BoundedRunner(
+            self._run, min_s=0.0, retry_s=0.5, max_s=30.0, clock=self._clock, on_error=self._failed
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="proxy-kernel")
+        self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="proxy-look")
+        self._eyes = Look(self._desired, self._applier, drivers, run=self._looking)
+        self._touched = Touched()  # since the last look began
+        self._lock = asyncio.Lock()  # one at a time: a run, a drain, a retry
+        self._started = self._loaded = False
+        self._unsure = True  # what the kernel has is not known
+        self._asked = False  # somebody wants everything compared
+        self._told_at_s: float | None = None
+        self._retries = Backoff(
+            base_s=FIRST_RETRY_S, max_s=LAST_RETRY_S, uniform=lambda _low, high: high
+        )
+        self._look_gap_s = FIRST_LOOK_S
+        self._look_at_s = self._drain_at_s = self._retry_at_s = _NEVER
+        self._rested_at_s = 0.0  # no look before
+        self._wake = asyncio.Event()
+
+    # -- marks ------------------------------------------------------------------------------
+
+    def changed(self, plans: Mapping[ObjectKey, ServicePlan | None]) -> None:
+        """Some Services are planned otherwise; None is a Service that is gone."""
+        if not plans:
+            return
+        self.generation += 1
+        self._pending.update(plans)
+        if self._told_at_s is None:
+            self._told_at_s = self._clock.monotonic()
+        if self._started:
+            self.runner.mark()
+
+    def start(self) -> None:
+        """The caches are in sync: from now on the plans are what the kernel must be."""
+        self._started = True
+        self.runner.mark()
+
+    def resync(self) -> None:
+        """Compare everything with the kernel at the next run; rules and sources are told anew."""
+        self._asked = True
+        if self._started:
+            self.runner.mark()
+
+    @property
+    def _dirty(self) -> bool:
+        return self._unsure or self._asked
+
+    @property
+    def errors(self) -> Mapping[ObjectKey, Sequence[str]]:
+        """What is refused, by Service."""
+        return self.status.errors
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything was applied once and nothing is refused."""
+        status = self.status
+        return status.applied_at_s is not None and not status.error and not status.errors
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the kernel was told everything that the room was, and nothing is to be compared."""
+        status = self.status
+        applied = status.applied_at_s is not None and not status.error and not self._asked
+        return applied and status.applied_generation == self.generation
+
+    # -- running ----------------------------------------------------------------------------
+
+    async def run_forever(self) -> None:
+        """Serve marks, look, drain and try again until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.runner.run_forever(), name="proxy runner")
+            group.create_task(self._housekeeping(), name="proxy housekeeping")
+
+    async def _run(self) -> None:
+        if not self._started:
+            return
+        async with self._lock:
+            generation, told_at_s = self.generation, self._told_at_s
+            self._told_at_s = None
+            if self._dirty:
+                await self._reconcile()
+            elif self._pending:
+                await self._changes()
+            self.status.applied_generation = generation
+            self.status.applied_at_s = now_s = self._clock.monotonic()
+            if told_at_s is not None:
+                self.status.latency_s = now_s - told_at_s
+            self.status.error = ""
+            self._look_gap_s = FIRST_LOOK_S
+            # A look slows changes down: however many come, it keeps its share.
+            self._look_at_s = max(now_s + FIRST_LOOK_S, self._rested_at_s)
+            self._done()
+
+    def _done(self) -> None:
+        """Something was applied: tell, and see what is due when."""
+        applier, status, now_s = self._applier, self.status, self._clock.monotonic()
+        status.operations = applier.ops
+        status.services = len(self._desired.parts)
+        status.servers, status.vips = len(self._desired.servers), len(self._desired.vips)
+        status.draining = len(applier.drains)
+        status.foreign = applier.foreign
+        status.errors = self._errors()
+        if applier.troubles or applier.vip_troubles:
+            if self._retry_at_s <= now_s or self._retry_at_s == _NEVER:
+                self._retry_at_s = now_s + self._retries.failed()
+        else:
+            self._retries.reset()
+            self._retry_at_s = _NEVER
+        if not applier.drains.ids:
+            self._drain_at_s = _NEVER
+        elif self._drain_at_s == _NEVER:
+            self._drain_at_s = now_s + DRAIN_LOOK_S
+        self._wake.set()
+        self._tell_applied()
+
+    def _errors(self) -> dict[ObjectKey, list[str]]:
+        errors = self._applier.errors(self._desired)
+        for service in self._faulty:
+            errors.setdefault(service, []).extend(self._desired.parts[service].faults)
+        return errors
+
+    async def _reconcile(self) -> None:
+        self.status.reconciles += 1
+        self._unsure, self._asked = True, False
+        if not self._loaded:
+            marks, others = await self.kernel(self._applier.load)
+            self._marks.adopt(marks)
+            self._marks.ban(others)
+            self._loaded = True
+        self._desired.change(self._lower())
+        static = self._static()
+        self.status.applies += 1
+        self.status.repaired = await self.kernel(
+            lambda: self._applier.reconcile(self._desired, static)
+        )
+        await self.kernel(self._settings)
+        used = {key for part in self._desired.parts.values() for key in part.marks}
+        self._release(key for key in list(self._marks.used) if key not in used)
+        self._unsure = False
+
+    async def _changes(self) -> None:
+        parts = self._lower()
+        before = {key for service in parts for key in self._marks_of(service)}
+        change = self._desired.change(parts)
+        if not change.empty:
+            self._unsure = True  # until it went through, nobody knows what the kernel has
+            self._touched.note(change)
+            self.status.applies += 1
+            await self.kernel(lambda: self._applier.change(change, self._desired))
+            self._unsure = False
+        self._release(before - {key for service in parts for key in self._marks_of(service)})
+
+    def _lower(self) -> dict[ObjectKey, KernelPart | None]:
+        """What the plans that came mean to the kernel, and those that had not all they need."""
+        plans: dict[ObjectKey, ServicePlan | None] = {**self._faulty, **self._pending}
+        self._pending, self._faulty = {}, {}
+        parts: dict[ObjectKey, KernelPart | None] = {}
+        for service, plan in plans.items():
+            parts[service] = None
+            if plan is not None:
+                parts[service] = part = lower(plan, self._marks.assign)
+                if part.faults:
+                    self._faulty[service] = plan
+        return parts
+
+    def _marks_of(self, service: ObjectKey) -> tuple[MarkKey, ...]:
+        part = self._desired.parts.get(service)
+        return () if part is None else part.marks
+
+    def _release(self, keys: Iterable[MarkKey]) -> None:
+        """Marks that nobody wants are free, but for those whose server could not be deleted."""
+        for key in keys:
+            value = self._marks.value(key)
+            if value and ServerId.by_mark(key.family, value) not in self._applier.troubles:
+                self._marks.release((key,))
+
+    def _settings(self) -> None:
+        """The node's settings and IPVS's own (blocking)."""
+        options = self._options
+        if options.tcp_s or options.tcp_fin_s or options.udp_s:
+            self._drivers.ipvs.set_timeouts(
+                tcp_s=options.tcp_s, tcp_fin_s=options.tcp_fin_s, udp_s=options.udp_s
+            )
+        self.status.faults = tuple(self._sysctls())
+
+    async def kernel(self, work: Callable[[], T]) -> T:
+        """Run blocking work where all work with the kernel runs: in one thread, one after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _failed(self, error: Exception) -> None:
+        self._unsure = True
+        self.status.failures += 1
+        self.status.error = str(error) or type(error).__name__
+        known = isinstance(error, NetpolError)
+        _log.error("apply failed", error=self.status.error, exc_info=None if known else error)
+
+    # -- looks, drains, retries -------------------------------------------------------------
+
+    async def _housekeeping(self) -> None:
+        while True:
+            self._wake.clear()
+            due_s = min(self._look_at_s, self._drain_at_s, self._retry_at_s)
+            await self._pause(due_s - self._clock.monotonic())
+            if self._dirty and not self._wake.is_set():
+                await self._pause(1.0)  # the runner repairs first
+            if self._dirty or self._clock.monotonic() < due_s:
+                continue
+            try:
+                await self._serve_due()
+            except Exception as e:  # noqa: BLE001 - what fails here must not end the room
+                self._failed(e)
+                self.runner.mark()
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep, but not past the next apply."""
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._wake.wait())]
+        if seconds != _NEVER:
+            waits.append(asyncio.ensure_future(self._clock.sleep(max(0.0, seconds))))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def _serve_due(self) -> None:
+        """Do what is due: a look holds nobody up, all else is done alone."""
+        now_s = self._clock.monotonic()
+        if self._retry_at_s <= now_s:
+            await self._retry()
+        elif self._drain_at_s <= now_s:
+            await self._drain()
+        else:
+            await self._look()
+
+    async def _retry(self) -> None:
+        """Read back what was refused, and try again."""
+        async with self._lock:
+            if self._dirty:
+                return
+            self._unsure = True
+            self._touched.troubles(self._applier)
+            await self.kernel(lambda: self._applier.retry(self._desired))
+            self._unsure = False
+            self._done()
+
+    async def _drain(self) -> None:
+        """Delete what drained."""
+        begin_s = self._clock.monotonic()
+        async with self._lock:
+            if self._dirty:
+                return
+            gone = await self.kernel(self._applier.drained)
+            if gone.delete or gone.over:
+                self._unsure = True
+                self._touched.servers.update(id_ for id_, _ in (*gone.delete, *gone.over))
+                await self.kernel(lambda: self._applier.end(gone))
+                self._unsure = False
+                self._done()
+        now_s = self._clock.monotonic()
+        next_s = now_s + max(DRAIN_LOOK_S, (now_s - begin_s) / LOOK_SHARE)
+        self._drain_at_s = next_s if self._applier.drains.ids else _NEVER
+
+    async def _look(self) -> None:
+        """Compare everything with the kernel; what differs, the next run changes."""
+        async with self._lock:  # nothing is under way when it begins
+            begin_s, reconciles = self._clock.monotonic(), self.status.reconciles
+            self._touched = Touched()
+
+        def still() -> bool:
+            status = self.status
+            return not self._asked and not status.error and status.reconciles == reconciles
+
+        words = await self._eyes.drift(self._static(), touched=self._touched, still=still)
+        if words:
+            self.status.drifts += 1
+            self.status.drift = words
+            _log.warning("drift", what=words)
+            self.resync()
+        self.status.faults = tuple(await self._looking(self._sysctls))
+        now_s = self._clock.monotonic()
+        took_s = now_s - begin_s
+        self._look_gap_s = min(self._look_gap_s * 2, LAST_LOOK_S)
+        share = LONG_LOOK_SHARE if took_s > LONG_LOOK_S else LOOK_SHARE
+        self._rested_at_s = now_s + took_s / share
+        self._look_at_s = max(now_s + self._look_gap_s, self._rested_at_s)
+
+    async def _looking(self, work: Callable[[], T]) -> T:
+        """Run blocking work that an apply must not wait for."""
+        return await asyncio.get_running_loop().run_in_executor(self._look_thread, work)
+
+    # -- answers ----------------------------------------------------------------------------
+
+    async def live(self, service: ObjectKey) -> Live | None:
+        """A Service as the kernel has it now; None where none is applied."""
+        part = self._desired.parts.get(service)
+        if part is None:
+            return None
+        wanted = tuple(server.virtual.id for server in part.servers)
+        states = await self.kernel(partial(self._drivers.ipvs.read, wanted))
+        now_s = self._clock.monotonic()
+        drains = self._applier.drains
+        draining = {
+            id_: {real: now_s - since_s for real, since_s in reals.items()}
+            for id_ in wanted
+            if (reals := dict(drains.of(id_)))  # a copy: the kernel's thread may change them
+        }
+        return Live(wanted, states, draining, tuple(self.status.errors.get(service, ())))
+
+    def close(self) -> None:
+        """Release the kernel thread and the sockets; what is in the kernel stays."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._look_thread.shutdown(wait=False, cancel_futures=True)
+        self._applier.close()

@@ -1,0 +1,286 @@
+"""The whole agent with policy and proxy, as on a node, against the lab's API server in the same process.
+
+What its parts do is tested elsewhere; here is whether they are put together rightly: one kernel, one API
+server, packets of pods and of the node, a restart, and a cleanup. Two pods, each behind a link of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import io
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from netpol.kernel.modules import load_module
+from netpol.kernel.netns import create, in_netns
+
+Say = Callable[[str, Any], None]
+
+NODE, NODE_IP = "n1", "192.0.2.1"
+BACKEND, CLIENT = "backend", "client"
+GATEWAY = "10.244.1.1"
+PODS = {BACKEND: "10.244.1.5", CLIENT: "10.244.1.6"}
+VIP, BALANCER, PORT, NODE_PORT, HEALTH_PORT = "10.96.7.7", "198.51.100.9", 80, 30080, 31999
+SOCKET, RUN_DIR = "/run/agent.sock", "/run/netpol-agent"
+TIMEOUT_S = 1.0
+READY_S = 60.0
+
+SERVICE = {
+    "apiVersion": "v1",
+    "kind": "Service",
+    "metadata": {"name": "web"},
+    "spec": {
+        "type": "LoadBalancer",
+        "loadBalancerClass": "netpol.io/loadbalancer",
+        "externalTrafficPolicy": "Local",
+        "healthCheckNodePort": HEALTH_PORT,
+        "clusterIP": VIP,
+        "ports": [{"port": PORT, "targetPort": 8080, "nodePort": NODE_PORT}],
+    },
+}
+SLICE = {
+    "apiVersion": "discovery.k8s.io/v1",
+    "kind": "EndpointSlice",
+    "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
+    "addressType": "IPv4",
+    "ports": [{"port": 8080}],
+    "endpoints": [{"addresses": [PODS[BACKEND]], "nodeName": NODE}],
+}
+DENY = {
+    "apiVersion": "networking.k8s.io/v1",
+    "kind": "NetworkPolicy",
+    "metadata": {"name": "deny"},
+    "spec": {"podSelector": {"matchLabels": {"app": CLIENT}}, "policyTypes": ["Egress"]},
+}
+
+
+def run(say: Say) -> None:
+    """Everything."""
+    for module in ("dummy", "veth", "ip_vs", "ip_vs_rr"):
+        load_module(module)
+    _network()
+    in_netns(BACKEND, _serve)
+    asyncio.run(_run(say))
+
+
+def _network() -> None:
+    lines = [
+        "link add node0 type dummy",
+        f"addr add {NODE_IP}/24 dev node0",
+        "link set node0 up",
+    ]
+    for name, address in PODS.items():
+        create(name)
+        lines += [
+            f"link add v{name} type veth peer name eth0 netns {name}",
+            f"link set v{name} up",
+            # As the ptp plugin: with arp_ignore a link answers for the addresses that are its own.
+            f"addr add {GATEWAY}/32 dev v{name}",
+            f"route add {address} dev v{name} src {NODE_IP}",
+            f"-n {name} link set eth0 up",
+            f"-n {name} addr add {address}/32 dev eth0",
+            f"-n {name} route add {GATEWAY} dev eth0",
+            f"-n {name} route add default via {GATEWAY}",
+        ]
+    for line in lines:
+        subprocess.run(["ip", *line.split()], check=True)
+
+
+def _serve() -> None:
+    """Tell everybody who they are, then say again what they say."""
+    listener = socket.create_server((PODS[BACKEND], 8080))
+
+    def talk(one: socket.socket, peer: str) -> None:
+        with one:
+            one.sendall(f"{peer}\n".encode())
+            while data := one.recv(100):
+                one.sendall(data)
+
+    def loop() -> None:
+        while True:
+            one, peer = listener.accept()
+            threading.Thread(target=talk, args=(one, peer[0]), daemon=True).start()
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
+def ask(address: str, port: int, space: str = "") -> str:
+    """Whom the backend saw, or why it was not reached."""
+
+    def one() -> str:
+        try:
+            with socket.create_connection((address, port), timeout=TIMEOUT_S) as connection:
+                return connection.recv(100).decode().strip()
+        except OSError as e:
+            return type(e).__name__
+
+    return in_netns(space, one) if space else one()
+
+
+def get(port: int, path: str) -> int:
+    """The status of an answer over HTTP."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+async def _run(say: Say) -> None:
+    from netpol.k8s.api import Api
+    from netpol.lab.apiserver import ApiServer
+
+    async with ApiServer() as server, Api.for_server(server.url) as api:
+        await _fill(api)
+        async with _agent(server.url) as agent:
+            say("ready", agent.report.ready())
+            await _until(lambda: ask(BALANCER, PORT) == NODE_IP)
+            await _packets(say)
+            say("status", _status(agent))
+            say("services", await _ctl("services", "web", "--socket", SOCKET))
+            connection = await asyncio.to_thread(
+                socket.create_connection, (VIP, PORT), timeout=TIMEOUT_S
+            )
+            connection.recv(100)
+            await api.post("/apis/networking.k8s.io/v1/namespaces/default/networkpolicies", DENY)
+            await _until(lambda: ask(VIP, PORT, CLIENT) == "TimeoutError")
+            say("denied", await asyncio.to_thread(ask, VIP, 10256, CLIENT))
+        say("while it is away", await asyncio.to_thread(ask, VIP, PORT))
+        async with _agent(server.url, policy=False) as agent:
+            say("restarted", _status(agent))
+            connection.sendall(b"still there")
+            say("connection", connection.recv(100).decode())
+        connection.close()
+    cleanup = ("cleanup", "--socket", SOCKET, "--run-dir", RUN_DIR)
+    say("cleanup", await _ctl(*cleanup))
+    say("left", _left())
+
+
+async def _fill(api: Any) -> None:
+    await api.post(
+        "/api/v1/nodes",
+        {
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": NODE},
+            "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]},
+            "status": {"addresses": [{"type": "InternalIP", "address": NODE_IP}]},
+        },
+    )
+    pods = "/api/v1/namespaces/default/pods"
+    for name, address in PODS.items():
+        container = {"name": "c", "image": "i"}
+        meta = {"name": name, "labels": {"app": name}}
+        spec = {"nodeName": NODE, "containers": [container]}
+        await api.post(pods, {"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": spec})
+        status = {"phase": "Running", "podIP": address, "podIPs": [{"ip": address}]}
+        await api.patch(f"{pods}/{name}/status", {"status": status})
+    await api.post("/api/v1/namespaces/default/services", SERVICE)
+    await api.post("/apis/discovery.k8s.io/v1/namespaces/default/endpointslices", SLICE)
+
+
+@contextlib.asynccontextmanager
+async def _agent(url: str, *, policy: bool = True) -> AsyncIterator[Any]:
+    from netpol.agent import Agent, main
+    from netpol.config import Settings
+    from netpol.kernel.tables import RestoreTables
+
+    # Both in one process: the library that edits legacy tables in process is not in the guest.
+    main._table_driver = RestoreTables
+    agent = Agent(
+        Settings(
+            node=NODE,
+            policy=policy,
+            proxy=True,
+            api_server=url,
+            admin_socket=SOCKET,
+            state_dir="/run/netpol-state",
+            run_dir=RUN_DIR,
+            audit_log="",
+            iptables="legacy",
+            service_ranges=("10.96.0.0/12",),
+            loadbalancer_pools=(f"{BALANCER}/32",),
+            pod_interfaces=tuple(f"v{name}" for name in PODS),
+            pod_ranges=("10.244.1.0/24",),
+        )
+    )
+    await agent.start()
+    try:
+        await _until(lambda: agent.report.ready() is None)
+        yield agent
+    finally:
+        await agent.stop()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + READY_S
+    while not await asyncio.to_thread(condition):
+        if time.monotonic() > end_s:
+            return  # the answers tell what is missing
+        await asyncio.sleep(0.05)
+
+
+async def _packets(say: Say) -> None:
+    questions = {
+        "node to VIP": (VIP, PORT, ""),
+        "node to load balancer's address": (BALANCER, PORT, ""),
+        "node to NodePort": (NODE_IP, NODE_PORT, ""),
+        "pod to VIP": (VIP, PORT, CLIENT),
+        "pod to load balancer's address": (BALANCER, PORT, CLIENT),
+        "pod to itself": (VIP, PORT, BACKEND),
+        "another port of the VIP": (VIP, 10256, CLIENT),
+    }
+    for name, question in questions.items():
+        say(name, await asyncio.to_thread(ask, *question))
+    say("health port", await asyncio.to_thread(get, HEALTH_PORT, "/"))
+    say("healthz", await asyncio.to_thread(get, 10256, "/healthz"))
+
+
+def _status(agent: Any) -> dict[str, Any]:
+    status = agent.report.status()
+    rooms = status["rooms"]
+    return {
+        "in_sync": status["in_sync"],
+        "errors": status["errors"],
+        "rooms": sorted(rooms),
+        "drifts": sum(room["drifts"] for room in rooms.values()),
+        "operations": rooms["proxy"]["operations"],
+        "servers": rooms["proxy"]["servers"],
+    }
+
+
+async def _ctl(*words: str) -> tuple[int, str]:
+    from netpol.ctl.main import main
+
+    def call() -> tuple[int, str]:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            code = main(list(words))
+        return code, out.getvalue()
+
+    return await asyncio.to_thread(call)
+
+
+def _left() -> dict[str, Any]:
+    def output(*words: str) -> str:
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+    table = Path("/proc/net/ip_vs").read_text(encoding="ascii")
+    rules = output("iptables-legacy-save") + output("ip6tables-legacy-save")
+    return {
+        "servers": table.splitlines()[3:],
+        "rules": [line for line in rules.splitlines() if "KNP-" in line],
+        "sets": output("ipset", "list", "-n").split(),
+        "links": output("ip", "-o", "link").count("knp-ipvs0"),
+        "forward": Path("/proc/sys/net/ipv4/ip_forward").read_text(encoding="ascii").strip(),
+        "conntrack": Path("/proc/sys/net/ipv4/vs/conntrack").read_text(encoding="ascii").strip(),
+        "files": sorted(p.name for p in Path(RUN_DIR).iterdir()),
+    }
