@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from netpol.ctl import explain_doc, explain_pod, explain_text, fix
 from netpol.ctl.ends import End, families, resolve
+from netpol.ctl.explain_routes import route_notes
 from netpol.ctl.judge import Finding, findings
 from netpol.ctl.output import emit
 from netpol.ctl.ports import Ports, Span, declared, parse_port, spans_on
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         raise NoAnswerError(f"nothing of {dst.label} to judge", needed="--port")
     if args.fix:
         return fix.run(args, where, src, dst, found)
+    if not where.offline:
+        dst = replace(dst, notes=(*dst.notes, *route_notes(args.socket, found)))
     document = explain_doc.connection(src, dst, found, offline=where.offline)
     emit(document, explain_text.connection(src, dst, found), form=args.output)
     return 1 if denied(found) else 0

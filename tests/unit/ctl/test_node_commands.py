@@ -1,12 +1,9 @@
 """Commands about this node: status, the kernel part of explain, cleanup; against a real socket."""
 
-import asyncio
 import json
-import threading
 
 import pytest
 
-from netpol.admin.server import AdminServer
 from netpol.ctl import cleanup
 from netpol.ctl.main import main
 from netpol.kernel.drivers import HookState, TableTransaction
@@ -15,6 +12,7 @@ from netpol.lib.errors import NoAnswerError
 from netpol.model.ids import ChainName
 from netpol.model.net import Family
 from netpol.model.ruleset import Drop, Hook, Rule
+from tests.unit.ctl.agents import agent_socket
 
 STATUS = {
     "node": "n1",
@@ -43,36 +41,15 @@ LIVE = {
 
 @pytest.fixture
 def agent(tmp_path):
-    """An agent's socket, served from a thread."""
-    path = str(tmp_path / "agent.sock")
-    started, stop = threading.Event(), None
+    """An agent's socket."""
 
-    async def status(args):
-        return STATUS
-
-    async def explain(args):
+    def explain(args):
         if args["pod"] != "default/web":
             raise NoAnswerError(f"pod {args['pod']} is not on this node")
         return LIVE
 
-    async def serve():
-        nonlocal stop
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        server = AdminServer(path, {"status": status, "explain": explain})
-        await server.start()
-        halt.append(lambda: loop.call_soon_threadsafe(stop.set))
-        started.set()
-        await stop.wait()
-        await server.close()
-
-    halt = []
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    started.wait(5)
-    yield path
-    halt[0]()
-    thread.join()
+    with agent_socket(tmp_path, {"status": lambda _: STATUS, "explain": explain}) as path:
+        yield path
 
 
 @pytest.fixture
