@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from netpol.aio.clock import Clock
+from netpol.kernel.converge import table_change
 from netpol.kernel.drivers import (
     FlowDriver,
     FlowMatch,
@@ -49,7 +50,7 @@ from proxy.ledger_file import LedgerFile
 from proxy.lower import Server
 from proxy.marks import MarkKey
 from proxy.steps import Have, have_of, id_of, open_up, release, restrict
-from proxy.work import Static, Work, members_wanted, plan_sets, plan_table
+from proxy.work import Static, Work, members_wanted, plan_sets
 
 #: What the kernel says of something to delete that is not there.
 _NOT_THERE = frozenset({errno.ENOENT, errno.ESRCH})
@@ -121,7 +122,8 @@ class Applier:
         plan_sets(work, members_wanted(desired, static), self._drivers.sets.dump())
         for (table, family), want in static.rulesets.items():
             have = self._drivers.tables.dump(table, family)
-            work.tables += plan_table(have, want, table=table, family=family)
+            tx = table_change(have, want, table=table, family=family)
+            work.tables += [tx] if tx is not None else []
         work.vips_add = [v for v in desired.vips if v not in self._link or v in misrouted]
         work.vips_remove = [v for v in self._link if not desired.vips.claimed(v)]
         self.drains.keep(states)

@@ -21,7 +21,7 @@ from proxy import names
 from proxy.apply import Applier, Drivers, port_of
 from proxy.desired import Change, Desired, Place
 from proxy.steps import ServerOps, have_of
-from proxy.work import Static, Work, plan_sets, plan_table
+from proxy.work import Static, Work, plan_sets
 
 T = TypeVar("T")
 
@@ -154,7 +154,7 @@ class Look:
             if self._right.get((table, family)) == (want, print_):
                 continue
             have = await self._read(partial(tables.dump, table, family), still)
-            if plan_table(have, want, table=table, family=family):
+            if table_change(have, want, table=table, family=family) is not None:
                 wrong.append(f"{table} (IPv{family.value})")
                 self._right.pop((table, family), None)
             else:

@@ -8,18 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from netpol.kernel.drivers import (
-    CreateSet,
-    DestroySet,
-    HookState,
-    SetDump,
-    TableDump,
-    TableTransaction,
-)
-from netpol.model.ids import ChainName, SetName
+from netpol.kernel.drivers import CreateSet, DestroySet, SetDump, TableTransaction
+from netpol.model.ids import SetName
 from netpol.model.ipvs import ServerId
 from netpol.model.net import Family
-from netpol.model.ruleset import Chain, Hook, Member, Members, Ruleset
+from netpol.model.ruleset import Member, Members, Ruleset
 from proxy import names
 from proxy.desired import Desired
 from proxy.ledger import Word
@@ -99,23 +92,3 @@ def plan_sets(
         if delete:
             work.delete[name] = delete
     work.destroy += [DestroySet(name) for name in dump if name not in want]
-
-
-def plan_table(
-    have: TableDump, want: Ruleset, *, table: str, family: Family
-) -> list[TableTransaction]:
-    """The transaction that brings a table from what it is to what it must be; none where it is."""
-    replace: dict[ChainName, Chain] = {
-        name: chain for name, chain in want.chains.items() if have.chains.get(name) != chain
-    }
-    delete = tuple(name for name in have.chains if name not in want.chains)
-    hooks: dict[Hook, ChainName | None] = {}
-    for hook in {**have.hooks, **want.hooks}:
-        state, chain = have.hooks.get(hook, HookState()), want.hooks.get(hook)
-        wanted = () if chain is None else ((state.place, chain),)
-        if state.jumps != wanted:
-            hooks[hook] = chain
-    if not (replace or delete or hooks):
-        return []
-    states = {hook: have.hooks.get(hook, HookState()) for hook in hooks}
-    return [TableTransaction(table, family, replace, delete, hooks, states)]
