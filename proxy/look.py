@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar
 
+from netpol.kernel.converge import table_change
 from netpol.model.ids import SetName
 from netpol.model.ipvs import ServerId
 from netpol.model.net import Family
