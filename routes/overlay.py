@@ -68,5 +68,5 @@ def _ipip(plan: RoutePlan, underlay_mtu: int) -> OverlayState:
         if family is Family.V4 and four is not None:
             tunnels.add(Ipip(IPIP_LINK, four, mtu))
         elif family is Family.V6 and six is not None:
-            tunnels.add(Ipip(tunnel6_link(tunnel.node), six, mtu, tunnel.address))
+            tunnels.add(Ipip(tunnel6_link(tunnel.address), six, mtu, tunnel.address))
     return OverlayState(tunnels=frozenset(tunnels))

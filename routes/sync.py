@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 #: Nodes come in bursts; a change of endpoints must be announced within a second.
 DEBOUNCE_S = 0.1
+#: Routers outside get this long to take other ways, before addresses of Services are withdrawn.
+DRAIN_S = 30.0
 #: How often everything is compared with what is there, without a change.
 RESYNC_S = 30.0
 #: The share of sessions and routes that a risky change must leave.
@@ -103,6 +105,8 @@ class RoutesRoom:
         self._read: object = None
         self._link: Underlay | None = None
         self._masqueraded: object = None
+        self._drains_at_s: float | None = None
+        self._drain_file = Path(options.run_dir) / "drain"
         self._looked_s = 0.0
         self._clock = clock or SystemClock()
         self.status = RoutesStatus()
@@ -118,6 +122,8 @@ class RoutesRoom:
             on_error=self._failed,
             resync_s=RESYNC_S,
         )
+        if self._drain_file.exists():
+            self._set_drain(on=True)
 
     # -- marks ------------------------------------------------------------------------------
 
@@ -133,9 +139,28 @@ class RoutesRoom:
         self.runner.mark()
 
     def drain(self, *, on: bool) -> None:
-        """Ask to be left alone by routers outside, or no longer."""
+        """Ask routers outside to take other ways, and DRAIN_S later take Services' addresses back.
+
+        podCIDRs stay announced, since pods run on. A restart of the agent does not end it: a file says so.
+        """
+        file = self._drain_file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if on:
+            file.touch()
+        else:
+            file.unlink(missing_ok=True)
+        self._set_drain(on=on)
+
+    def _set_drain(self, *, on: bool) -> None:
+        self._drains_at_s = self._clock.monotonic() + DRAIN_S if on else None
         self.options = replace(self.options, drain=on)
         self.changed()
+
+    @property
+    def _withdrawn(self) -> bool:
+        """Whether a drain lasts so long that addresses of Services are no longer announced."""
+        at_s = self._drains_at_s
+        return at_s is not None and self._clock.monotonic() >= at_s
 
     @property
     def ready(self) -> bool:
@@ -149,6 +174,16 @@ class RoutesRoom:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.runner.run_forever(), name="routes runner")
             group.create_task(self._engine.run(), name="bird")
+            group.create_task(self._end_drains(), name="routes drain")
+
+    async def _end_drains(self) -> None:
+        """Mark when a drain comes to take addresses back."""
+        told: float | None = None
+        while True:
+            await self._clock.sleep(1.0)
+            if self._withdrawn and told != self._drains_at_s:
+                told = self._drains_at_s
+                self.changed()
 
     async def _run(self) -> None:
         if not self._started:
@@ -175,8 +210,12 @@ class RoutesRoom:
         if link is None:
             raise KernelError(f"node {self._node}", needed="a link with an address of its Node")
         options = self._live_options(link)
-        vips = announced(
-            facts.services, facts.slices, facts.nodes, node=self._node, options=options
+        vips = (
+            ()
+            if self._withdrawn
+            else announced(
+                facts.services, facts.slices, facts.nodes, node=self._node, options=options
+            )
         )
         read = (facts.nodes, options, vips, link)
         self._link = link

@@ -118,7 +118,8 @@ def _lab(top: argparse.ArgumentParser, words: list[str]) -> int:
 
 def _settle_words(words: list[str]) -> list[str]:
     """`routes [ADDRESS]` means `routes show [ADDRESS]`."""
-    if words[:1] == ["routes"] and words[1:2] not in (["render"], ["show"], ["-h"], ["--help"]):
+    verbs = ("render", "show", "drain", "-h", "--help")
+    if words[:1] == ["routes"] and (len(words) == 1 or words[1] not in verbs):
         return ["routes", "show", *words[1:]]
     return words
 
@@ -308,6 +309,8 @@ def _routes(
     # `routes [ADDRESS]` is what people type: see _settle_words.
     show = _add(actions, "show", "what this node routes, or where an address goes", [node, output])
     show.add_argument("address", nargs="?", metavar="ADDRESS", help="where do packets to it go?")
+    drain = _add(actions, "drain", "prepare this node for maintenance", [node, output])
+    drain.add_argument("--off", action="store_true", help="the maintenance is over")
     made = _add(
         actions,
         "render",

@@ -24,7 +24,21 @@ from routes.vips import announced
 
 def run(args: argparse.Namespace) -> int:
     """Answer what was asked of routes."""
+    if args.action == "drain":
+        return _drain(args)
     return _render(args) if args.action == "render" else _show(args)
+
+
+def _drain(args: argparse.Namespace) -> int:
+    answer = client.call(args.socket, "drain", on=not args.off)
+    text = (
+        f"{answer['node']}: drains: routers outside are asked to take other ways; addresses of Services "
+        "are withdrawn half a minute later, podCIDRs stay"
+        if answer["draining"]
+        else f"{answer['node']}: does not drain"
+    )
+    emit(answer, text, form=args.output)
+    return 0
 
 
 def _show(args: argparse.Namespace) -> int:

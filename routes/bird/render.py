@@ -12,6 +12,7 @@ A node that no table resolves is unreachable, and stays so: pod traffic never ta
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -139,12 +140,16 @@ def _overlay(plan: RoutePlan, family: Family) -> Iterator[str]:
             gateway = format_address(tunnel_link_local(tunnel.mac))
             yield f"  route {address}/128 via {gateway}%'{VXLAN_LINK}';"
         else:
-            yield f'  route {address}/128 via "{tunnel6_link(tunnel.node)}";'
+            yield f'  route {address}/128 via "{tunnel6_link(tunnel.address)}";'
 
 
-def tunnel6_link(node: str) -> str:
-    """The link to one node for IPv6 in IPIP mode: such a tunnel cannot have many ends."""
-    return f"knp-t6-{hashlib.sha256(node.encode()).hexdigest()[:8]}"
+def tunnel6_link(address: bytes) -> str:
+    """The link to one node for IPv6 in IPIP mode: such a tunnel cannot have many ends.
+
+    Named after the address, of which the kernel takes only one tunnel, whichever Nodes have it.
+    """
+    mark = base64.b32encode(hashlib.sha256(address).digest()[:5]).decode().lower()
+    return f"knp-t6-{mark}"
 
 
 # -- filters ------------------------------------------------------------------------------------

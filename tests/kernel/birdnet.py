@@ -81,15 +81,18 @@ class Host:
 
     def ask(self, command: str) -> Reply:
         """Ask its BIRD."""
+        return _ask(self.socket, command)
 
-        async def talk() -> Reply:
-            control = BirdControl(self.socket)
-            try:
-                return await control.ask(command)
-            finally:
-                await control.close()
 
-        return asyncio.run(talk())
+def _ask(path: Path, command: str) -> Reply:
+    async def talk() -> Reply:
+        control = BirdControl(path)
+        try:
+            return await control.ask(command)
+        finally:
+            await control.close()
+
+    return asyncio.run(talk())
 
 
 def _run(space: str, *command: str) -> str:
@@ -177,6 +180,10 @@ class BirdNet:
         path = host.folder / "bird.conf"
         path.write_text(config, encoding="utf-8")
         self.run_bird(name, host.netns, path, *flags)
+
+    def ask(self, path: Path, command: str) -> Reply:
+        """Ask a BIRD by its socket."""
+        return _ask(path, command)
 
     def routes_in(self, space: str) -> set[str]:
         """BIRD's routes in any namespace."""

@@ -248,7 +248,9 @@ def test_a_broken_conflist_is_told_and_routes_go_on(three: Cluster) -> None:
     assert (folder / "10-kuberouter.conflist").read_text() == "{ half"
 
 
-def test_an_address_of_a_service_is_announced_while_an_endpoint_is_ready(three: Cluster) -> None:
+def test_an_address_of_a_service_is_announced_while_an_endpoint_is_ready(
+    three: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between nodes nothing of Services is told; a router outside hears it, and hears it end."""
     key = ObjectKey("shop", "web")
     peer = "[{address: 10.0.1.254, asn: 65000}]"
@@ -290,6 +292,27 @@ def test_an_address_of_a_service_is_announced_while_an_endpoint_is_ready(three: 
     assert three.net.wait(lambda: heard() == {"10.1.1.0/24"}, within_s=3), heard()
     know(ready=True)
     assert three.net.wait(lambda: heard() == {"10.1.1.0/24", "203.0.113.7"}, within_s=3), heard()
+
+    # A drain asks to be left alone, then takes the address back; a restart does not forget it.
+    def communities() -> str:
+        return str(three.net.ask(router.with_suffix(".ctl"), "show route 203.0.113.7/32 all"))
+
+    def drain(*, on: bool) -> None:
+        agent = three.agents["n1"]
+        assert agent.loop is not None
+        assert agent.room is not None
+        agent.loop.call_soon_threadsafe(lambda: agent.room.drain(on=on))  # type: ignore[union-attr]
+
+    drain(on=True)
+    assert three.net.wait(lambda: "(65535,0)" in communities()), communities()
+    assert heard() == {"10.1.1.0/24", "203.0.113.7"}
+    three.agents.pop("n1").stop()
+    monkeypatch.setattr("routes.sync.DRAIN_S", 0.5)
+    three.run("n1")
+    assert three.net.wait(lambda: heard() == {"10.1.1.0/24"}), heard()
+    drain(on=False)
+    assert three.net.wait(lambda: heard() == {"10.1.1.0/24", "203.0.113.7"}), heard()
+    assert three.net.wait(lambda: "(65535,0)" not in communities())
 
 
 def test_a_change_that_bird_refuses_is_an_error_until_it_is_mended(three: Cluster) -> None:
