@@ -150,8 +150,14 @@ def test_nodes_come_and_go_without_disturbing_the_others(three: Cluster) -> None
         assert room is not None
         loop = three.agents["n1"].loop
         assert loop is not None
-        found = asyncio.run_coroutine_threadsafe(room.peers(), loop).result(10)
-        assert {p["state"] for p in found["peers"]} == {"Established"}
+        found: dict[str, Any] = {}
+
+        def settled() -> bool:
+            # While a change is under way, the plan and BIRD speak of different nodes.
+            found.update(asyncio.run_coroutine_threadsafe(room.peers(), loop).result(10))
+            return {p["state"] for p in found["peers"]} == {"Established"}
+
+        assert three.net.wait(settled), found
         return {p["peer"]: p["since"] for p in found["peers"]}
 
     before = since()
