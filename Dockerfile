@@ -14,7 +14,7 @@ RUN /opt/netpol/bin/pip install --no-cache-dir --no-deps /src
 
 FROM debian:12-slim
 RUN apt-get update \
- && apt-get install -y --no-install-recommends python3 iptables ipset iproute2 kmod \
+ && apt-get install -y --no-install-recommends python3 iptables ipset iproute2 kmod bird2 \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/netpol /opt/netpol
 ENV PATH=/opt/netpol/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONUNBUFFERED=1

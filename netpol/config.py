@@ -100,6 +100,9 @@ class Settings:
     bgp_asn: int = _setting(64512, "AS number of the cluster")
     bgp_mesh: bool = _setting(True, "every node peers with every other")
     bgp_peers_file: str = _setting("", "YAML list of routers that all nodes peer with")
+    bird_external: bool = _setting(
+        False, "BIRD runs in a container of its own (netpol-bird), which the agent only talks to"
+    )
     bgp_port: int = _setting(179, "TCP port of BGP, on all nodes")
     bgp_hold_time: int = _setting(90, "seconds of silence after which a session between nodes ends")
     bgp_graceful_restart: bool = _setting(True, "nodes keep routes while a node's BIRD restarts")

@@ -54,7 +54,9 @@ class RoutesPart:
         self._settings = settings
         self._stores: dict[str, Store[Any]] = {}
         self.engine = BirdEngine(
-            BirdDaemon(Folder(Path(settings.run_dir) / "bird")), has_routes=_has_routes, clock=clock
+            BirdDaemon(Folder(Path(settings.run_dir) / "bird"), external=settings.bird_external),
+            has_routes=_has_routes,
+            clock=clock,
         )
         self.room = RoutesRoom(
             self.engine,

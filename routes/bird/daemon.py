@@ -68,11 +68,35 @@ class Folder:
         return self.path / "bird.pid"
 
 
-class BirdDaemon:
-    """Starts and ends BIRD in the calling process's network namespace."""
+def command(binary: str, folder: Folder, *, user: str, recover: bool) -> list[str]:
+    """BIRD's command line: in the background, as its own user.
 
-    def __init__(self, folder: Folder, *, binary: str = "bird", user: str = "bird") -> None:
-        self.folder, self._binary, self._user = folder, binary, user
+    Args:
+        binary: the program.
+        folder: where its files are.
+        user: whom it runs as.
+        recover: whether it takes over routes that a former one left in the kernel (-R). Without any, it
+            would wait for peers before it announced anything.
+    """
+    return [
+        binary,
+        *("-u", user, "-g", user),
+        *("-c", str(folder.config), "-s", str(folder.socket), "-P", str(folder.pid)),
+        *(["-R"] if recover else []),
+    ]
+
+
+class BirdDaemon:
+    """Starts and ends BIRD in the calling process's network namespace.
+
+    Args:
+        external: somebody else starts it (`routes.bird.sidecar`): it is waited for, and never killed.
+    """
+
+    def __init__(
+        self, folder: Folder, *, binary: str = "bird", user: str = "bird", external: bool = False
+    ) -> None:
+        self.folder, self._binary, self._user, self._external = folder, binary, user, external
         self.starts = 0
 
     async def check(self) -> str:
@@ -147,31 +171,24 @@ class BirdDaemon:
 
         Args:
             control: asks at its socket.
-            recover: whether it takes over routes that a former one left in the kernel (-R). Without any,
-                it would wait for peers before it announced anything.
+            recover: see `command`.
 
         Raises:
             NoAnswerError: it ended, or did not answer in time.
         """
-        folder = self.folder
-        flags = ["-R"] if recover else []
-        code, said = await self._run(
-            self._binary,
-            *("-u", self._user, "-g", self._user),
-            *("-c", str(folder.config), "-s", str(folder.socket), "-P", str(folder.pid)),
-            *flags,
-        )
-        if code:
-            at = _FAULT.search(said)
-            raise NoAnswerError(
-                "BIRD", needed="it to start", got=at["what"] if at else said.strip()
-            )
-        self.starts += 1
-        _log.info("started BIRD", pid=self.running(), recover=recover)
+        if not self._external:
+            words = command(self._binary, self.folder, user=self._user, recover=recover)
+            code, said = await self._run(*words)
+            if code:
+                at = _FAULT.search(said)
+                got = at["what"] if at else said.strip()
+                raise NoAnswerError("BIRD", needed="it to start", got=got)
+            self.starts += 1
+            _log.info("started BIRD", pid=self.running(), recover=recover)
         for _ in range(_START_TRIES):
             if await self.answers(control):
                 return
-            if self.running() is None:
+            if not self._external and self.running() is None:
                 raise NoAnswerError("BIRD", needed="it to run", got="it ended: see its log")
             await asyncio.sleep(_TRY_S)
         raise NoAnswerError("BIRD", needed=f"an answer in {START_S:g} s", got="none")
@@ -189,7 +206,7 @@ class BirdDaemon:
     async def kill(self) -> None:
         """End it at once, so that peers keep its routes until the next one speaks (never SIGTERM)."""
         pid = self.running()
-        if pid is None:
+        if pid is None or self._external:
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

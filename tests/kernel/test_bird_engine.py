@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +25,7 @@ from tests.kernel.birdnet import BirdNet, Host, bird_net
 
 pytestmark = pytest.mark.kernel
 T = TypeVar("T")
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -260,3 +263,45 @@ async def test_no_bird_and_an_old_bird_are_named(tmp_path: Path) -> None:
     old.chmod(0o755)
     with pytest.raises(KernelMissingError, match=r"2\.0\.12 or later"):
         await BirdDaemon(Folder(tmp_path), binary=str(old)).check()
+
+
+def test_bird_in_a_container_of_its_own(net: BirdNet) -> None:
+    """The agent writes and waits; another program starts BIRD, and again after its death."""
+    one = net.hosts["n1"]
+    where = Folder(one.folder / "bird")
+
+    def sidecar() -> subprocess.Popen[bytes]:
+        words = [sys.executable, "-m", "routes.bird.sidecar", "--run-dir", str(one.folder)]
+        # What a runtime gives a container: the same folder under the name that both have.
+        return subprocess.Popen(["ip", "netns", "exec", one.netns, *words], cwd=REPOSITORY)
+
+    async def main() -> None:
+        async def has_routes() -> bool:
+            return False
+
+        engine = BirdEngine(BirdDaemon(where, external=True), has_routes=has_routes)
+        await engine.prepare()
+        beside = sidecar()
+        try:
+            settings = RouteOptions(run_dir=str(where.path))
+            assert await engine.apply(render(plan([one.node()], "n1", settings)))
+            running = asyncio.create_task(engine.run())
+            first = BirdDaemon(where).running()
+            assert first is not None
+            os.kill(first, signal.SIGKILL)
+            beside.wait()
+            beside = sidecar()
+            for _ in range(100):
+                await asyncio.sleep(0.1)
+                if BirdDaemon(where).running() not in (None, first) and not engine.status.error:
+                    break
+            assert engine.status.error == ""
+            assert engine.status.starts == 0
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        finally:
+            await engine.close()
+            beside.kill()
+            beside.wait()
+
+    in_netns(one.netns, lambda: asyncio.run(main()))

@@ -69,13 +69,15 @@ def test_the_proxy_may_do_what_the_allocator_does_and_no_more():
     assert roles["Role"]["metadata"]["namespace"] == LEASE_NAMESPACE
 
 
-def with_proxy(tmp_path):
-    """The manifests with the component taken in."""
+def with_component(tmp_path, name):
+    """The manifests with a component taken in."""
     folder = tmp_path / "manifests"
     shutil.copytree(MANIFESTS, folder)
     file = folder / "kustomization.yaml"
     file.write_text(
-        file.read_text().replace("# components:", "components:").replace("#   -", "  -")
+        file.read_text()
+        .replace("# components:", "components:")
+        .replace(f"#   - {name}", f"  - {name}")
     )
     return folder
 
@@ -83,7 +85,7 @@ def with_proxy(tmp_path):
 @pytest.mark.skipif(not Path(KUBECTL).exists(), reason="no kubectl")
 def test_the_proxy_is_a_component_whose_settings_are_good(tmp_path):
     done = subprocess.run(
-        [KUBECTL, "kustomize", str(with_proxy(tmp_path))],
+        [KUBECTL, "kustomize", str(with_component(tmp_path, "proxy"))],
         capture_output=True,
         text=True,
         check=True,
@@ -104,6 +106,29 @@ def test_the_proxy_is_a_component_whose_settings_are_good(tmp_path):
     assert settings.netns_dir == mounts["netns"]
     ports = {p["containerPort"] for p in agent["ports"]}
     assert int(settings.proxy_health_addr.rpartition(":")[2]) in ports
+
+
+@pytest.mark.skipif(not Path(KUBECTL).exists(), reason="no kubectl")
+def test_routes_are_a_component_with_bird_in_a_container_of_its_own(tmp_path):
+    done = subprocess.run(
+        [KUBECTL, "kustomize", str(with_component(tmp_path, "routes"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (daemon,) = [o for o in yaml.safe_load_all(done.stdout) if o["kind"] == "DaemonSet"]
+    containers = {c["name"]: c for c in daemon["spec"]["template"]["spec"]["containers"]}
+    agent, bird = containers["agent"], containers["bird"]
+    given = {e["name"]: e["value"] for e in agent["env"] if "value" in e}
+    settings = load(parser().parse_args([]), given)
+    assert settings.routes
+    assert settings.bird_external
+    (conf,) = [m for m in agent["volumeMounts"] if m["name"] == "cni-conf"]
+    assert conf["mountPath"] == settings.cni_conf_dir
+    assert not conf.get("readOnly")
+    assert bird["command"] == ["netpol-bird"]
+    assert {"name": "run", "mountPath": settings.run_dir} in bird["volumeMounts"]
+    assert not bird["securityContext"].get("privileged")
 
 
 @pytest.mark.skipif(not Path(KUBECTL).exists(), reason="no kubectl")
