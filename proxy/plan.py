@@ -54,6 +54,7 @@ class ProxyOptions:
         nodeport_cidrs: the node's addresses that NodePorts are served on; empty for all.
         external_cidrs: where external and load balancers' addresses must lie; empty for anywhere.
         balancer_pools: from where addresses are given to load balancers; these may always be served.
+        direct_return: whether tunnels to pods end somewhere; without it packets return by this node.
         node_addresses: those of this machine, besides those in the Node's status.
         service_ranges, pod_ranges, api_servers, gateways, bgp_peers: what no Service may take.
     """
@@ -62,6 +63,7 @@ class ProxyOptions:
     nodeport_cidrs: tuple[Prefix, ...] = ()
     external_cidrs: tuple[Prefix, ...] = ()
     balancer_pools: tuple[AddressRange, ...] = ()
+    direct_return: bool = True
     node_addresses: tuple[bytes, ...] = ()
     service_ranges: tuple[Prefix, ...] = ()
     pod_ranges: tuple[Prefix, ...] = ()
@@ -307,6 +309,13 @@ class _Planner:
     ) -> bool:
         """Whether packets go in a tunnel: they keep their port then, which a backend must listen on."""
         if not self._wishes.tunnel:
+            return False
+        if not self._options.direct_return:
+            text = (
+                f"direct server return of {format_address(address)}:{number}/{port.protocol}: this "
+                "version makes no tunnels in pods; packets return by this node"
+            )
+            self._refused.append(Refused(Reason.DIRECT_RETURN_REFUSED, text))
             return False
         other = next((b.port for b in backends if b.port != number), None)
         if other is None:

@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -50,6 +50,12 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger("netpol")
 
+#: The admin operations of each part.
+_OPERATIONS = {
+    "--policy": ("explain", "drops"),
+    "--proxy": ("services",),
+    "--routes": ("peers", "routes", "drain"),
+}
 #: How long the other parts wait for policy's first apply; if that fails, they go on all the same.
 POLICY_FIRST_S = 10.0
 
@@ -102,6 +108,15 @@ async def _main(settings: Settings) -> None:
         await agent.stop()
 
 
+def _absent(flag: str) -> Handler:
+    """The answer to an operation of a part that is off."""
+
+    async def answer(_: dict[str, Any]) -> None:
+        raise NoAnswerError("this node's agent cannot answer that", needed=f"an agent with {flag}")
+
+    return answer
+
+
 def _table_driver(variant: Variant) -> TableDriver:
     """The driver of a variant: legacy tables are small enough to edit in process."""
     restore = RestoreTables(variant)
@@ -150,6 +165,8 @@ class Agent:
         )
         self.proxy = self._proxy_part(variant) if settings.proxy else None
         self.routes = self._routes_part(variant) if settings.routes else None
+        if self.proxy is not None and self.routes is not None:
+            self.proxy.forbid(bgp_peers=[p.address for p in self.routes.room.options.peers])
         self._api: Api | None = None
         self._watches: informers.InformerSet | None = None
         self._frozen = False
@@ -194,6 +211,7 @@ class Agent:
             "status": self.report.status_op,
             "list": list_handler(lambda: self._api),
         }
+        found |= {name: _absent(flag) for flag, names in _OPERATIONS.items() for name in names}
         if self.policy is not None:
             found |= {"explain": self.policy.explain_op, "drops": self.policy.drops_op}
         if self.proxy is not None:

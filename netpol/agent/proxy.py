@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
 import structlog
 from prometheus_client.core import Metric
 
@@ -32,7 +31,6 @@ from netpol.k8s.informers import InformerSet
 from netpol.k8s.lease import Elector
 from netpol.kernel.kept_sysctls import FILE as SYSCTLS_FILE
 from netpol.kernel.kept_sysctls import KeptSysctls, service_sysctls
-from netpol.lib.errors import NoAnswerError
 from netpol.model.ids import ObjectKey, SetName
 from netpol.model.net import FAMILIES, Family, Prefix, family_of, format_address, parse_prefix
 from netpol.model.objects import EndpointSlice, Node, Service
@@ -93,11 +91,16 @@ class ProxyPart:
         sysctls: Callable[[], list[str]] | None = None,
     ) -> None:
         self._settings, self._facts, self._clock = settings, facts, clock
+        self.node = settings.node
         self._tell_applied, self._tell_served, self._told = applied, served, told
         run_dir = Path(settings.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._rulesets = rules.rulesets(rules.RuleOptions(settings.service_mask))
-        self._forbidden: dict[str, tuple[bytes, ...]] = {"api_servers": (), "gateways": ()}
+        self._forbidden: dict[str, tuple[bytes, ...]] = {
+            "api_servers": (),
+            "gateways": (),
+            "bgp_peers": (),
+        }
         self._nodes: Store[Node] | None = None
         self._services: Store[Service] | None = None
         self._static = self._static_now()
@@ -127,7 +130,7 @@ class ProxyPart:
         self.endpoint = HealthEndpoint(self.health)
         self.balancer: LoadBalancerController | None = None
         self.refused: dict[ObjectKey, ServicePlan] = {}
-        self._in_sync = self._flush_asked = False
+        self.in_sync = self._flush_asked = False
 
     # -- start and stop ---------------------------------------------------------------------
 
@@ -194,7 +197,7 @@ class ProxyPart:
 
     async def synced(self) -> None:
         """The caches are in sync: the first apply begins."""
-        self._in_sync = True
+        self.in_sync = True
         self._refresh_node()
         self._flush()
         self.room.start()
@@ -222,7 +225,7 @@ class ProxyPart:
 
     def _refresh_node(self) -> None:
         node = self._own_node()
-        if self._in_sync:
+        if self.in_sync:
             self.health.eligible = node is not None and not node.leaving
         self.refresh()
 
@@ -241,9 +244,10 @@ class ProxyPart:
         *,
         api_servers: Iterable[bytes] | None = None,
         gateways: Iterable[bytes] | None = None,
+        bgp_peers: Iterable[bytes] | None = None,
     ) -> None:
         """Learn of addresses that no Service may take."""
-        new = {"api_servers": api_servers, "gateways": gateways}
+        new = {"api_servers": api_servers, "gateways": gateways, "bgp_peers": bgp_peers}
         found = {name: tuple(sorted(given)) for name, given in new.items() if given is not None}
         if found.items() <= self._forbidden.items():
             return
@@ -260,12 +264,14 @@ class ProxyPart:
             scheduler=s.ipvs_scheduler,
             nodeport_cidrs=_prefixes(s.nodeport_addresses),
             external_cidrs=_prefixes(s.external_ip_cidr),
+            direct_return=False,
             balancer_pools=tuple(parse_range(p) for p in s.loadbalancer_pools),
             node_addresses=self._facts.addresses,
             service_ranges=_prefixes(s.service_ranges),
             pod_ranges=self._pod_ranges(),
             api_servers=self._forbidden["api_servers"],
             gateways=self._forbidden["gateways"],
+            bgp_peers=self._forbidden["bgp_peers"],
         )
 
     def _pod_ranges(self) -> tuple[Prefix, ...]:
@@ -299,7 +305,7 @@ class ProxyPart:
 
     def _ask_flush(self) -> None:
         """Plan soon: what comes in one turn of the loop is planned together."""
-        if self._in_sync and not self._flush_asked:
+        if self.in_sync and not self._flush_asked:
             self._flush_asked = True
             asyncio.get_running_loop().call_soon(self._flush)
 
@@ -394,28 +400,9 @@ class ProxyPart:
 
     # -- what it answers --------------------------------------------------------------------
 
-    async def services_op(self, args: dict[str, Any]) -> AsyncIterator[Any]:
-        """Answer `services`: first the node, then each Service with its plan and what the kernel has.
-
-        With {"service": "ns/name"} that one, and why its endpoints are not used.
-        """
-        wanted = str(args.get("service", ""))
-        if not self._in_sync:
-            raise NoAnswerError("services", needed="caches in sync")
-        named: ServicePlan | None = None
-        if wanted:
-            namespace, _, name = wanted.partition("/")
-            named = self.tracker.explained(ObjectKey(namespace, name))
-            if named is None:
-                raise NoAnswerError(f"no service {wanted}")
-        yield {"node": self._settings.node, "in_sync": self.standing().in_sync}
-        plans = [named] if named is not None else [p for _, p in sorted(self.tracker.plans.items())]
-        for plan in plans:
-            live = await self.room.live(plan.service)
-            yield {
-                "plan": msgspec.to_builtins(plan),
-                "live": None if live is None else proxy_view.describe_live(live),
-            }
+    def services_op(self, args: dict[str, Any]) -> AsyncIterator[Any]:
+        """Answer `services`; see proxy_view."""
+        return proxy_view.services(self, args)
 
 
 def _prefixes(texts: Iterable[str]) -> tuple[Prefix, ...]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from prometheus_client.core import Metric
 
 from netpol.admin.health import counter, gauge
+from netpol.lib.errors import NoAnswerError
+from netpol.model.ids import ObjectKey
 from netpol.model.net import format_address
 from proxy.lbcontroller import describe_faults
+from proxy.rows import ServicePlan
 from proxy.status import Live
 
 if TYPE_CHECKING:
@@ -74,6 +78,30 @@ def metrics(part: ProxyPart) -> Iterable[Metric]:
     yield gauge("proxy_balancer_leading", "1 while this agent gives addresses", leading)
     written = balancer.writes if balancer is not None else 0
     yield counter("proxy_balancer_writes", "Statuses of Services written", written)
+
+
+async def services(part: ProxyPart, args: dict[str, Any]) -> AsyncIterator[Any]:
+    """Answer `services`: first the node, then each Service with its plan and what the kernel has.
+
+    With {"service": "ns/name"} that one, and why its endpoints are not used.
+    """
+    wanted = str(args.get("service", ""))
+    if not part.in_sync:
+        raise NoAnswerError("services", needed="caches in sync")
+    named: ServicePlan | None = None
+    if wanted:
+        namespace, _, name = wanted.partition("/")
+        named = part.tracker.explained(ObjectKey(namespace, name))
+        if named is None:
+            raise NoAnswerError(f"no service {wanted}")
+    yield {"node": part.node, "in_sync": part.standing().in_sync}
+    plans = [named] if named is not None else [p for _, p in sorted(part.tracker.plans.items())]
+    for plan in plans:
+        live = await part.room.live(plan.service)
+        yield {
+            "plan": msgspec.to_builtins(plan),
+            "live": None if live is None else describe_live(live),
+        }
 
 
 def describe_live(live: Live) -> dict[str, Any]:

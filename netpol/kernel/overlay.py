@@ -7,19 +7,28 @@ nothing else; who is a remote is the caller's. rtnetlink through pyroute2, in th
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import os
 import socket
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pyroute2 import IPRoute, NetlinkError
 
+from netpol.kernel.routes import KernelRoute, bird_routes
 from netpol.lib.errors import KernelError
 from netpol.model.net import Family, family_of, format_address
 
 #: linux/neighbour.h
 _NUD_PERMANENT = 0x80
+#: linux/if_addr.h: IFA_F_NODAD
+_NODAD = 0x02
+#: How long BIRD may take to lead its routes elsewhere after it said that it is reconfigured.
+_UNUSED_S = 2.0
+_POLL_S = 0.05
 #: What an encapsulation puts before the packet: outer IP, UDP, VXLAN and inner Ethernet headers.
 VXLAN_BYTES = {Family.V4: 50, Family.V6: 70}
 IPIP_BYTES = {Family.V4: 20, Family.V6: 40}
@@ -99,15 +108,18 @@ class _Overlay:
     def apply(self, want: OverlayState, *, prune: bool) -> list[str]:
         links = self._links()
         if want.vxlan is not None:
-            index = self._vxlan(want.vxlan, links.get(want.vxlan.name))
+            index = self._vxlan(want.vxlan, links.get(want.vxlan.name), want.remotes)
             self._remotes(index, want.remotes, prune=prune)
         for tunnel in sorted(want.tunnels):
             self._tunnel(tunnel, links.get(tunnel.name))
         if prune:
             keep = {t.name for t in want.tunnels} | ({want.vxlan.name} if want.vxlan else set())
-            for name, link in links.items():
-                if name not in keep:
-                    self._delete(link)
+            stale = [link for name, link in links.items() if name not in keep]
+            indexes = {link["index"] for link in stale}
+            if stale:
+                _wait_while(lambda r: r.link in indexes)
+            for link in stale:
+                self._delete(link)
         return self._done
 
     def _links(self) -> dict[str, Any]:
@@ -118,18 +130,29 @@ class _Overlay:
         self._route.link("del", index=link["index"])
         self._done.append(f"removed link {link.get('IFLA_IFNAME')}")
 
+    def _make(self, name: str, *, kind: str, **attributes: Any) -> Any:
+        try:
+            self._route.link("add", ifname=name, kind=kind, **attributes)
+        except NetlinkError as e:
+            got = {
+                errno.EOPNOTSUPP: "a kernel without it",
+                errno.EEXIST: "another link with the same ends",
+            }.get(e.code, os.strerror(e.code))
+            raise KernelError(f"link {name}", needed=f"a link of kind {kind}", got=got) from e
+        self._done.append(f"made link {name}")
+        return self._links()[name]
+
     # -- vxlan ------------------------------------------------------------------------------
 
-    def _vxlan(self, want: Vxlan, have: Any | None) -> int:
+    def _vxlan(self, want: Vxlan, have: Any | None, remotes: Iterable[Remote]) -> int:
         if have is not None and not _is_vxlan(have, want):
             self._delete(have)
             have = None
         if have is None:
             v6 = family_of(want.local) is Family.V6
             local = {"vxlan_local6" if v6 else "vxlan_local": format_address(want.local)}
-            self._route.link(
-                "add",
-                ifname=want.name,
+            have = self._make(
+                want.name,
                 kind="vxlan",
                 vxlan_id=want.vni,
                 vxlan_port=want.port,
@@ -138,8 +161,8 @@ class _Overlay:
                 mtu=want.mtu,
                 **local,
             )
-            self._done.append(f"made link {want.name}")
-            have = self._links()[want.name]
+            if any(family_of(n) is Family.V6 for r in remotes for n in r.next_hops):
+                self._link_local(int(have["index"]), want.mac)
         index = int(have["index"])
         if have.get("IFLA_MTU") != want.mtu:
             self._route.link("set", index=index, mtu=want.mtu)
@@ -147,6 +170,15 @@ class _Overlay:
         if have.get("IFLA_OPERSTATE") != "UNKNOWN" or not have["flags"] & 1:
             self._route.link("set", index=index, state="up")
         return index
+
+    def _link_local(self, index: int, mac: bytes) -> None:
+        """Give the link its address before the kernel does, which would look for its double.
+
+        Until that is over BIRD does not know the address, and has no way to the next hops beyond the link.
+        """
+        eui64 = bytes((mac[0] ^ 2, *mac[1:3], 0xFF, 0xFE, *mac[3:]))
+        address = format_address(bytes((0xFE, 0x80)) + bytes(6) + eui64)
+        self._route.addr("add", index=index, address=address, prefixlen=64, flags=_NODAD)
 
     def _remotes(self, index: int, remotes: Iterable[Remote], *, prune: bool) -> None:
         forwarding = {(_mac(r.mac), format_address(r.underlay)) for r in remotes}
@@ -164,10 +196,13 @@ class _Overlay:
             self._done.append(f"neighbour {address} is {mac}")
         if not prune:
             return
+        wanted = {address for address, _ in neighbours}
+        gone = {ipaddress.ip_address(a).packed for a, _ in have_neighbours if a not in wanted}
+        if gone:
+            _wait_while(lambda r: r.link == index and not gone.isdisjoint(r.gateways))
         for mac, dst in sorted(self._forwarding(index) - forwarding):
             self._route.fdb("del", ifindex=index, lladdr=mac, dst=dst)
             self._done.append(f"no forwarding {mac} to {dst}")
-        wanted = {address for address, _ in neighbours}
         for address, mac in sorted(have_neighbours):
             if address not in wanted:
                 self._neigh("del", index, address=address, mac=mac)
@@ -201,19 +236,23 @@ class _Overlay:
             self._delete(have)
             have = None
         if have is None:
-            self._route.link("add", **_tunnel_attributes(want))
-            self._done.append(f"made link {want.name}")
-            have = self._links()[want.name]
+            have = self._make(want.name, **_tunnel_attributes(want))
         if have.get("IFLA_MTU") != want.mtu or not have["flags"] & 1:
             self._route.link("set", index=have["index"], mtu=want.mtu, state="up")
+
+
+def _wait_while(used: Callable[[KernelRoute], bool]) -> None:
+    """Wait while a route of BIRD's needs what is to go, but not for ever: then it ends in no way."""
+    deadline_s = time.monotonic() + _UNUSED_S
+    while any(map(used, bird_routes())) and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
 
 
 def _tunnel_attributes(want: Ipip) -> dict[str, Any]:
     local = format_address(want.local)
     if family_of(want.local) is Family.V4:
-        return {"ifname": want.name, "kind": "ipip", "ipip_local": local, "ipip_proto": 4}
+        return {"kind": "ipip", "ipip_local": local, "ipip_proto": 4}
     return {
-        "ifname": want.name,
         "kind": "ip6tnl",
         "ip6tnl_local": local,
         "ip6tnl_remote": format_address(want.remote),

@@ -1,8 +1,9 @@
-"""The wire of the lab: a switch namespace with a bridge, node namespaces on it, routes between podCIDRs.
+"""The wire of the lab: a switch namespace with a bridge for every segment, node namespaces on them.
 
-Owns links, addresses, routes and sysctls of the switch and the nodes; pods are the CNI plugins' business.
-Until BGP exists the lab itself routes: every node knows every other node's podCIDRs, and so does the
-switch, whose addresses play the outside world.
+Owns links, addresses, routes and sysctls of the switch, the nodes and the router outside; pods are the CNI
+plugins' business. The switch forwards between segments, knows no pod route, and its addresses play the
+outside world. Where agents do not speak BGP the lab itself routes: every node knows every other node's
+podCIDRs, and so does the switch.
 
 All of it is inside namespaces; nothing of the machine's own network is touched, except that the module
 br_netfilter is loaded, without which no policy sees bridged packets (law 10 of the dataplane).
@@ -20,7 +21,7 @@ from netpol.lab import spaces
 from netpol.lab.plan import LabPlan, NodePlan, netns_prefix
 from netpol.lib.errors import KernelMissingError
 
-_SWITCH_BRIDGE = "br0"
+_FORWARDING = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
 
 #: Addresses are usable at once: duplicate detection would cost two seconds an address, for nothing.
 NO_DAD = {
@@ -29,9 +30,10 @@ NO_DAD = {
     "net/ipv6/conf/default/dad_transmits": "0",
 }
 
-_NODE_SYSCTLS = NO_DAD | {
-    "net/ipv4/ip_forward": "1",
-    "net/ipv6/conf/all/forwarding": "1",
+_NODE_SYSCTLS = (
+    NO_DAD
+    | _FORWARDING
+    | {
     # Spoofed sources must meet the agent's own check, not hide behind the kernel's.
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",

@@ -286,6 +286,118 @@ def test_gobgp(net: BirdNet) -> None:
         daemon.wait()
 
 
+def gobgp_neighbor(address: str) -> str:
+    """A node that GoBGP reflects to; IPv6 goes over the IPv4 session."""
+    families = "".join(
+        f"""
+  [[neighbors.afi-safis]]
+    [neighbors.afi-safis.config]
+      afi-safi-name = "{name}"
+"""
+        for name in ("ipv4-unicast", "ipv6-unicast")
+    )
+    return f"""
+[[neighbors]]
+  [neighbors.config]
+    neighbor-address = "{address}"
+    peer-as = 64512
+  [neighbors.transport.config]
+    passive-mode = true
+  [neighbors.route-reflector.config]
+    route-reflector-client = true
+    route-reflector-cluster-id = "{ROUTER}"
+{families}"""
+
+
+def test_gobgp_as_a_route_reflector(net: BirdNet) -> None:
+    config = net.folder / "gobgp.toml"
+    nodes = "".join(gobgp_neighbor(h.addresses[0]) for h in net.hosts.values())
+    config.write_text(f'[global.config]\n  as = 64512\n  router-id = "{ROUTER}"\n{nodes}')
+    daemon = subprocess.Popen(
+        [
+            *("ip", "netns", "exec", net.router),
+            *("gobgpd", "-t", "toml", "-f", str(config), "--api-hosts", "127.0.0.1:50051"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        peer = ExternalPeer(parse_address(ROUTER), 64512, reflector=True)
+        one = start(net, peer, mesh=False)
+        assert net.wait(lambda: all(h.routes() == of_mesh(net, h) for h in net.hosts.values()))
+        assert one.pings(net.hosts["n2"])
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
+# -- BIRD as another cluster's nodes run it -----------------------------------------------------
+
+CALICO = f"""
+router id {ROUTER};
+filter export_pool {{
+  if net ~ 10.77.0.0/16 then accept;
+  reject;
+}}
+protocol device {{ scan time 2; }}
+protocol direct {{ debug {{ states }}; interface -"cali*", "*"; ipv4; }}
+protocol static pool {{ ipv4; route 10.77.1.0/26 blackhole; }}
+template bgp bgp_template {{
+  description "Connection to BGP peer";
+  local as 64600;
+  multihop;
+  ipv4 {{ import all; export filter export_pool; next hop self; add paths on; }};
+  graceful restart;
+  connect delay time 2;
+  connect retry time 5;
+  error wait time 5,30;
+}}
+protocol bgp Node_10_0_1_1 from bgp_template {{ neighbor 10.0.1.1 as 64512; local {ROUTER} as 64600; }}
+"""
+
+
+def test_a_bird_as_calico_runs_it(net: BirdNet) -> None:
+    """Another cluster's node: add-paths, no IPv6, a template of its own."""
+    path = net.folder / "calico.conf"
+    path.write_text(CALICO)
+    net.run_bird("calico", net.router, path)
+    peer = ExternalPeer(parse_address(ROUTER), 64600, multihop=2, imports=LEARN)
+    one = start(net, peer)
+    want = {*of_mesh(net, one), "10.77.1.0/26"}
+    assert net.wait(lambda: one.routes() == want), (one.routes(), session(one, peer))
+    heard = str(net.ask(path.with_suffix(".ctl"), "show route protocol Node_10_0_1_1"))
+    assert "10.1.1.0/24" in heard
+    assert "10.1.2.0/24" not in heard
+
+
+def test_frr_keeps_routes_while_a_bird_starts_again(net: BirdNet) -> None:
+    """RFC 4724 on the other side: stale, not gone, and fresh again after recovery."""
+    config = FRR.replace(f" neighbor K8S password {KEY}\n", "").replace(
+        " neighbor K8S ttl-security hops 1\n", ""
+    )
+    frr = Frr(
+        net.router, net.folder / "frr", config.replace(" neighbor K8S bfd profile fast\n", "")
+    )
+    try:
+        peer = ExternalPeer(parse_address(ROUTER), 64600)
+        one = start(net, peer)
+
+        def paths() -> list[dict[str, object]]:
+            found: list[dict[str, object]] = frr.show("bgp ipv4 unicast 10.1.1.0/24").get(
+                "paths", []
+            )  # type: ignore[assignment]
+            return found
+
+        assert net.wait(lambda: bool(paths()))
+        text = (one.folder / "bird.conf").read_text()
+        net.kill("n1")
+        assert net.wait(lambda: bool(paths()) and bool(paths()[0].get("stale")))
+        net.start("n1", text, "-R")
+        assert net.wait(lambda: bool(paths()) and not paths()[0].get("stale"))
+    finally:
+        frr.close()
+
+
 # -- one that means harm ------------------------------------------------------------------------
 
 

@@ -26,6 +26,8 @@ GROUPS = {
     "reject": "tests.uml.inside.steps_reject",
     "proxy_sync": "tests.uml.inside.steps_proxy_sync",
 }
+#: What they take, in seconds of a quiet machine, so that guests can share them evenly.
+SECONDS = {"policy": 31, "proxy_rules": 22, "proxy_driver": 14, "reject": 10, "proxy_sync": 10}
 #: A group's result where it did not come to its end: the traceback.
 FAILED = "failed"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000

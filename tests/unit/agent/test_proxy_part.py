@@ -25,7 +25,7 @@ from netpol.kernel.testing_ipvs import FakeFlows, FakeIpvs, FakeVips
 from netpol.lab.apiserver import ApiServer
 from netpol.lib.errors import InputError, NoAnswerError
 from netpol.model.ids import SERVICES, ObjectKey, Protocol
-from netpol.model.ipvs import RealServer, ServerId, VirtualServer
+from netpol.model.ipvs import AddReal, ForwardMethod, RealServer, ServerId, VirtualServer
 from netpol.model.net import Family, Prefix, parse_address, parse_prefix
 from proxy import names
 from proxy.apply import Drivers
@@ -258,6 +258,39 @@ async def test_a_refused_address_is_told_by_an_event_of_its_service(tmp_path: Pa
         assert w.told
         assert w.part.document()["refused_services"].keys() == {"default/web"}
         assert w.part.fault() is None  # no error of this node
+
+
+async def test_routers_and_gateways_cannot_be_taken(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        addresses = {"bgp_peers": "198.51.100.1", "gateways": "198.51.100.2"}
+        w.part.forbid(**{k: [parse_address(a)] for k, a in addresses.items()})
+        await w.service(externalIPs=[*addresses.values(), "198.51.100.3"])
+        await w.until(lambda: w.kernel.backends("198.51.100.3", 80) is not None)
+        assert [w.kernel.backends(a, 80) for a in addresses.values()] == [None, None]
+        w.part.forbid(gateways=[])
+        await w.until(lambda: w.kernel.backends("198.51.100.2", 80) is not None)
+
+
+async def test_no_tunnel_leads_to_pods_that_have_no_end_of_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        await w.api.post(
+            "/api/v1/namespaces/default/services",
+            {
+                "apiVersion": "v1",
+                "kind": "Service",
+                "metadata": {"name": "web", "annotations": {"netpol.io/service.dsr": "tunnel"}},
+                "spec": {
+                    "clusterIP": VIP,
+                    "externalIPs": ["198.51.100.7"],
+                    "ports": [{"port": 80}],
+                },
+            },
+        )
+        await w.endpoints("10.244.1.5")
+        await w.until(lambda: w.kernel.backends("198.51.100.7", 80) == ["10.244.1.5:8080"])
+        ops = [op for op in w.kernel.ipvs.applied if isinstance(op, AddReal)]
+        assert {op.config.forward for op in ops} == {ForwardMethod.NAT}
+        assert [c.reason for c in w.part.complaints()] == ["DirectReturnRefused"]
 
 
 async def test_what_the_kernel_refuses_is_an_error_of_that_service_alone(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +12,7 @@ import pytest
 
 from netpol.enforce.dataplane import Dataplane
 from netpol.enforce.kernel_state import dump_kernel, execute
-from netpol.enforce.served import IpvsWatch, served_by
+from netpol.enforce.served import LOOK_EVERY_S, IpvsWatch, served_by
 from netpol.enforce.worker import PolicyRoom
 from netpol.kernel.drivers import AddMembers, SetTransaction
 from netpol.kernel.ipvs import Forward, IpvsTable, RealServer
@@ -289,3 +290,18 @@ async def test_the_room_follows_ipvs_without_looking_at_everything():
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         room.close()
+
+
+async def test_whoever_changed_ipvs_has_it_looked_at_at_once():
+    kernel = Kernel([table({VIP: []}), table({LATE: []})])
+    watch = IpvsWatch(kernel.read)
+    changed = asyncio.Event()
+    task = asyncio.create_task(watch.watch(changed.set))
+    began_s = time.monotonic()
+    watch.hasten()
+    await asyncio.wait_for(changed.wait(), 5)
+    changed.clear()
+    watch.hasten()
+    await asyncio.wait_for(changed.wait(), 5)
+    assert time.monotonic() - began_s < LOOK_EVERY_S
+    task.cancel()
