@@ -17,7 +17,7 @@ import routes
 
 ROOT = Path(__file__).parents[2]
 DISTRIBUTION = "netpol-agent"
-SCRIPTS = {"netpol-agent", "netpol-ctl", "kubectl-netpol"}
+SCRIPTS = {"netpol-agent", "netpol-ctl", "kubectl-netpol", "netpol-bird"}
 
 
 def _project() -> dict[str, object]:
@@ -54,7 +54,12 @@ def test_commands_lead_to_functions() -> None:
 
 @pytest.mark.parametrize(
     ("script", "says"),
-    [("netpol-ctl", "netpol-ctl"), ("kubectl-netpol", "kubectl netpol"), ("netpol-agent", None)],
+    [
+        ("netpol-ctl", "netpol-ctl"),
+        ("kubectl-netpol", "kubectl netpol"),
+        ("netpol-agent", None),
+        ("netpol-bird", None),
+    ],
 )
 def test_commands_start_and_know_what_they_are_called(script: str, says: str | None) -> None:
     program = Path(sys.executable).parent / script
