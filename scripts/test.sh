@@ -7,5 +7,10 @@ if [ "$(id -u)" -ne 0 ]; then
   exit 3
 fi
 make --no-print-directory lint types layers
-# One run, so that one closing line counts every test.
-exec .venv/bin/python -m pytest -q "$@"
+if [ $# -gt 0 ]; then
+  exec .venv/bin/python -m pytest -q "$@"
+fi
+# Alone, since guests share the machine with nothing: they are slow, and some of their tests are about time.
+.venv/bin/python -m pytest -q -m uml
+# The rest by two workers, a file to a worker: both wait for kernels and processes most of the time.
+exec .venv/bin/python -m pytest -q -n 2 --dist loadgroup -m "not uml"
