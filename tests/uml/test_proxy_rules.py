@@ -20,7 +20,11 @@ from tests.uml.inside.rows_proxy_rules import (
     TOWARDS_REMOTE,
 )
 
-pytestmark = [pytest.mark.kernel, pytest.mark.parametrize("family", FAMILIES, ids=["v4", "v6"])]
+pytestmark = [
+    pytest.mark.uml,
+    pytest.mark.kernel,
+    pytest.mark.parametrize("family", FAMILIES, ids=["v4", "v6"]),
+]
 
 Answers = dict[str, Any]
 REFUSED, SILENCE = "refused", ""
