@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 from bench import worlds
 from bench.measure import Row
-from bench.worlds import LOCAL_NODE, Shape
+from bench.worlds import LOCAL_NODE, NODE_ADDRESS, Shape
 from netpol.admin.client import call
 
 QUIET_S = 30.0
@@ -36,6 +37,7 @@ def pods_100k() -> Iterator[Row]:
 def _agent(shape: Shape, name: str, *, target: float) -> Row:
     with tempfile.TemporaryDirectory(prefix="netpol-bench-") as text:
         folder = Path(text)
+        folder.chmod(0o755)  # BIRD is another user
         server = subprocess.Popen(
             [sys.executable, "-m", "bench.serve", json.dumps(vars(shape))],
             stdout=subprocess.PIPE,
@@ -47,17 +49,22 @@ def _agent(shape: Shape, name: str, *, target: float) -> Row:
             if not url:
                 raise RuntimeError("the API server did not start")
             begin = time.monotonic()
+            _link()
             agent = _start(folder, url)
             status = _synced(folder / "agent.sock", agent)
             sync_s = time.monotonic() - begin
             time.sleep(QUIET_S)
             memory = _memory_mb(agent.pid)
             cpu_s = _cpu_s(agent.pid)
+            bird = _bird(folder)
+            bird_mb = _memory_mb(bird)["VmRSS"]
         finally:
             for process in (agent, server):
                 if process is not None:
                     process.send_signal(signal.SIGTERM)
                     process.wait(20)
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(_bird(folder), signal.SIGKILL)
     watched = {w["name"]: w["objects"] for w in status["watches"]}
     if watched.get("cluster pods") != shape.pods:
         raise AssertionError(f"the agent knows {watched}")
@@ -68,8 +75,20 @@ def _agent(shape: Shape, name: str, *, target: float) -> Row:
         target=target,
         note=f"peak {memory['VmHWM']:.0f}, anonymous {memory['RssAnon']:.0f}, files "
         f"{memory['RssFile']:.0f} MB; in sync after {sync_s:.1f} s (start of Python included), "
-        f"CPU {cpu_s:.1f} s; VmRSS {QUIET_S:.0f} s later",
+        f"CPU {cpu_s:.1f} s; VmRSS {QUIET_S:.0f} s later; policy and routes on (this kernel has no "
+        f"IPVS), BIRD beside it {bird_mb:.0f} MB",
     )
+
+
+def _link() -> None:
+    """The node's link, with its address: BGP needs one. Nobody is behind it."""
+    lines = ("link add up0 type veth peer name up1", f"address add {NODE_ADDRESS}/16 dev up0")
+    lines += ("link set up0 up", "link set up1 up")
+    subprocess.run(["ip", "-batch", "-"], input="\n".join(lines), text=True, check=True)
+
+
+def _bird(folder: Path) -> int:
+    return int((folder / "run/bird/bird.pid").read_text())
 
 
 def _start(folder: Path, url: str) -> subprocess.Popen[bytes]:
@@ -86,8 +105,10 @@ def _start(folder: Path, url: str) -> subprocess.Popen[bytes]:
         "--pod-ranges": "10.64.1.0/24",
         "--hold-unknown-pods": "on",
         "--audit-log": str(folder / "audit.log"),
+        "--run-dir": str(folder / "run"),
     }
     words = [word for pair in arguments.items() for word in pair]
+    words += ["--routes", "--no-write-cni"]
     return subprocess.Popen([sys.executable, "-m", "netpol", *words], stderr=subprocess.DEVNULL)
 
 

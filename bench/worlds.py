@@ -143,6 +143,10 @@ def _host(node: int) -> str:
     return f"10.0.{node // 250}.{node % 250 + 1}"
 
 
+#: The local node's.
+NODE_ADDRESS = _host(1)
+
+
 def address(node: int, place: int) -> str:
     """The address of a pod by its node and its place there."""
     return f"10.{64 + node // 256}.{node % 256}.{place + 2}"
