@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from netpol.lib.errors import InputError, KernelError
+from netpol.lib.errors import KernelError
 from netpol.model.net import Prefix
 from routes import conflist
 
@@ -37,15 +37,6 @@ def keep_conflist(folder: Path, pod_cidrs: Sequence[Prefix], *, mtu: int) -> boo
     except OSError as e:
         raise KernelError(str(path), got=e.strerror or str(e)) from e
     return True
-
-
-def unpoliced_plugin(folder: Path) -> str:
-    """The interface plugin of the conflist if its packets pass no rule of this node, else ""."""
-    path = folder / conflist.FILE_NAME
-    try:
-        return conflist.unpoliced(conflist.parse(path.read_text(encoding="utf-8"), where="")) or ""
-    except (OSError, UnicodeDecodeError, InputError):
-        return ""  # what is wrong with the file is told by who writes it
 
 
 def _replace(path: Path, text: str) -> None:

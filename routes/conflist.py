@@ -23,8 +23,6 @@ DEFAULT_BRIDGE = "kube-bridge"
 _CNI_VERSION = "0.4.0"
 #: Interface plugins that take an `mtu`.
 _WITH_MTU = frozenset({"bridge", "ptp", "macvlan", "ipvlan", "vlan"})
-#: Interface plugins whose packets do not pass the host's netfilter: no policy holds there.
-UNPOLICED = frozenset({"macvlan", "ipvlan", "sriov", "host-device", "vlan", "ib-sriov-cni"})
 
 
 def parse(text: str, *, where: str) -> dict[str, Any]:
@@ -152,9 +150,3 @@ def _subnet(entry: dict[str, Any]) -> Prefix | None:
 def text_of(data: dict[str, Any]) -> str:
     """As it is written."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-
-
-def unpoliced(data: dict[str, Any]) -> str | None:
-    """The interface plugin's type where its packets do not pass the host's netfilter; else None."""
-    kind = str(data["plugins"][0]["type"])
-    return kind if kind in UNPOLICED else None

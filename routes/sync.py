@@ -28,7 +28,7 @@ from netpol.model.net import Family
 from netpol.model.objects import Endpoint, EndpointSlice, Namespace, Node, Service
 from routes.bird.engine import BirdEngine
 from routes.bird.render import render
-from routes.cni import keep_conflist, unpoliced_plugin
+from routes.cni import keep_conflist
 from routes.egress import EgressOptions, members
 from routes.masquerade import EgressDrivers, keep_egress
 from routes.options import Encapsulation, OverlayMode, RouteOptions
@@ -63,17 +63,13 @@ class Facts:
 
 @dataclass(slots=True)
 class RoutesStatus:
-    """What status, metrics and readiness show.
-
-    `unpoliced` is the CNI's interface plugin where its packets pass no rule of this node, else "".
-    """
+    """What status, metrics and readiness show."""
 
     applied_generation: int = 0
     applied_at_s: float | None = None
     failures: int = 0
     error: str = ""
     conflist_error: str = ""
-    unpoliced: str = ""
     problems: tuple[str, ...] = ()
 
 
@@ -247,7 +243,6 @@ class RoutesRoom:
         if self._cni_conf_dir is None:
             return
         self.status.conflist_error = ""
-        self.status.unpoliced = unpoliced_plugin(self._cni_conf_dir)
         try:
             if keep_conflist(self._cni_conf_dir, made.own_pods, mtu=pod_mtu(made, link.mtu)):
                 _log.info("wrote the CNI configuration", ranges=[str(p) for p in made.own_pods])

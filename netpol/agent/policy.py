@@ -367,4 +367,5 @@ class PolicyPart:
             **found,
             "in_sync": standing.in_sync,
             "generation": standing.applied_generation,
+            **({"unpoliced": self._facts.unpoliced} if self._facts.unpoliced else {}),
         }

@@ -162,7 +162,6 @@ class RoutesPart:
             "reverts": bird.reverts,
             "starts": bird.starts,
             "failures": status.failures,
-            "unpoliced_plugin": status.unpoliced,
             "draining": self.room.options.drain,
             "errors": [e for e in (status.error, bird.error, status.conflist_error) if e],
         }

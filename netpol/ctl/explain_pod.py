@@ -193,6 +193,10 @@ def _kernel_text(kernel: dict[str, Any]) -> list[str]:
     state = "in sync" if kernel.get("in_sync", True) else "not in sync: what follows is older"
     at = f", generation {kernel['generation']}" if "generation" in kernel else ""
     lines = [f"kernel: {state}{at}"]
+    if kernel.get("unpoliced"):
+        lines.append(
+            f"  its packets come by {kernel['unpoliced']} and pass no rule of this node: policy cannot hold"
+        )
     for chain in kernel.get("chains", ()):
         lines.append(f"  chain {_title(chain)}")
         rules = _items(chain, "rules")

@@ -89,6 +89,11 @@ class NodeFacts:
         """Why packets of pods do not come to our rules at all, or None: then the node is not ready."""
         return self._sysctl_faults[0] if self._sysctl_faults else None
 
+    @property
+    def unpoliced(self) -> str:
+        """The CNI's interface plugin where packets of pods pass no rule of this host; else ""."""
+        return self._network.unpoliced
+
     def has_pods(self) -> bool:
         """Whether some pod is attached already: a bridge of pods has ports, a pattern has interfaces."""
         for name in self._interfaces():

@@ -20,6 +20,8 @@ from netpol.model.net import Prefix, parse_prefix
 _SUFFIXES = (".conf", ".conflist", ".json")
 #: Names that the kernel and iptables take (IFNAMSIZ - 1 characters).
 _INTERFACE = re.compile(r"[A-Za-z0-9_.@:-]{1,15}")
+#: Interface plugins whose packets do not pass this host's netfilter: no policy holds there.
+UNPOLICED = frozenset({"macvlan", "ipvlan", "sriov", "ib-sriov-cni", "host-device", "vlan"})
 #: The bridge plugin's default name.
 _DEFAULT_BRIDGE = "cni0"
 
@@ -33,12 +35,14 @@ class PodNetwork:
         ranges: what host-local takes addresses from; () where another IPAM assigns them.
         note: what is not known and why, or "".
         known: whether a configuration was there and could be read.
+        unpoliced: the interface plugin, where packets of its pods pass no rule of this host; else "".
     """
 
     interfaces: tuple[str, ...] = ()
     ranges: tuple[Prefix, ...] = ()
     note: str = ""
     known: bool = False
+    unpoliced: str = ""
 
 
 def read_pod_network(conf_dir: Path) -> PodNetwork:
@@ -69,6 +73,10 @@ def _facts(plugin: dict[str, Any], path: Path) -> PodNetwork:
             interfaces = (name,)
         else:
             notes.append(f"the bridge's name {name!r} is none: give --pod-interfaces")
+    elif kind in UNPOLICED:
+        notes.append(
+            f"packets of pods of CNI plugin {kind} do not pass this host: policy cannot hold"
+        )
     else:
         notes.append(f"pod interfaces of CNI plugin {kind} are not known: give --pod-interfaces")
     ranges: tuple[Prefix, ...] = ()
@@ -82,7 +90,8 @@ def _facts(plugin: dict[str, Any], path: Path) -> PodNetwork:
     else:
         notes.append(f"addresses come from IPAM {ipam_kind}, so unknown pods are not held")
     note = f"{path.name}: {'; '.join(notes)}" if notes else ""
-    return PodNetwork(interfaces, ranges, note, known=True)
+    unpoliced = str(kind) if kind in UNPOLICED else ""
+    return PodNetwork(interfaces, ranges, note, known=True, unpoliced=unpoliced)
 
 
 def _ranges(ipam: dict[str, Any]) -> list[Prefix]:

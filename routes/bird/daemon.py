@@ -141,6 +141,7 @@ class BirdDaemon:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             os.fchown(fd, 0, self._group())
+            os.fchmod(fd, 0o640)  # whatever the umask says
             data = text.encode()
             while data:
                 data = data[os.write(fd, data) :]

@@ -83,6 +83,16 @@ def test_explain_shows_the_kernel_when_the_agent_answers(agent, world, capsys):
     assert json.loads(capsys.readouterr().out)["kernel"] == LIVE
 
 
+def test_explain_says_where_policy_cannot_hold(tmp_path, world, capsys):
+    told = {**LIVE, "unpoliced": "macvlan"}
+    with agent_socket(tmp_path, {"explain": lambda _: told}) as path:
+        assert main(["explain", "pod/web", "-f", world, "--socket", path]) == 0
+    assert (
+        "come by macvlan and pass no rule of this node: policy cannot hold"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_socket_that_was_asked_for_must_answer(agent, world, capsys):
     assert main(["explain", "pod/away", "-f", world, "--socket", agent]) == 3
     assert "not on this node" in capsys.readouterr().err

@@ -70,3 +70,11 @@ def test_no_configuration_and_a_broken_one_are_told_apart_from_a_known_one(tmp_p
     assert not empty.known
     assert not broken.known
     assert broken.note
+
+
+def test_plugins_whose_packets_pass_by_the_host(tmp_path):
+    conf = {"name": "n", "plugins": [{"type": "macvlan", "ipam": {"type": "dhcp"}}]}
+    (tmp_path / "10-x.conflist").write_text(json.dumps(conf))
+    found = read_pod_network(tmp_path)
+    assert found.unpoliced == "macvlan"
+    assert "policy cannot hold" in found.note

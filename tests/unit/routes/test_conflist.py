@@ -11,7 +11,7 @@ import pytest
 from netpol.lib.errors import InputError, KernelError
 from netpol.model.net import Prefix, parse_prefix
 from routes.cni import keep_conflist
-from routes.conflist import NOTE, fresh, inject, parse, unpoliced
+from routes.conflist import NOTE, fresh, inject, parse
 
 
 def cidrs(*texts: str) -> tuple[Prefix, ...]:
@@ -150,8 +150,6 @@ def test_a_plugin_without_an_mtu_gets_none() -> None:
     made = inject(have, BOTH, mtu=1450)
     assert "mtu" not in made["plugins"][0]
     assert NOTE not in made
-    assert unpoliced(made) == "sriov"
-    assert unpoliced(fresh()) is None
 
 
 @pytest.mark.parametrize(
