@@ -18,6 +18,8 @@ ASN_MAX = 0xFFFF_FFFF
 HOLD_MIN_S = 3
 #: The kernel keeps at most this many characters of a TCP-MD5 key (TCP_MD5SIG_MAXKEYLEN).
 PASSWORD_MAX = 80
+#: RFC 7348: the port of VXLAN.
+VXLAN_PORT = 4789
 #: RFC 4271: the port of BGP.
 BGP_PORT = 179
 
@@ -111,6 +113,7 @@ class RouteOptions:
         interface: the node's link to the others.
         cluster_cidrs: pod ranges that nodes' podCIDRs must lie in; empty for no such bound.
         service_cidrs: ranges that nobody outside may announce.
+        connected: other networks that the node has a link to, which nobody outside may announce.
         subnets: L2 segments; nodes in the same one reach each other without a router. Empty: all do.
         mesh: whether every node peers with every other.
         peers: routers that every node peers with.
@@ -126,6 +129,7 @@ class RouteOptions:
     cluster_cidrs: tuple[Prefix, ...] = ()
     service_cidrs: tuple[Prefix, ...] = ()
     subnets: tuple[Prefix, ...] = ()
+    connected: tuple[Prefix, ...] = ()
     overlay: OverlayMode = OverlayMode.CROSS_SUBNET
     encapsulation: Encapsulation = Encapsulation.VXLAN
     mesh: bool = True

@@ -12,12 +12,12 @@ from netpol.kernel.overlay import (
 )
 from netpol.model.net import Family, family_of
 from routes.bird.render import IPIP_LINK, VXLAN_LINK, tunnel6_link
-from routes.options import Encapsulation
+from routes.options import VXLAN_PORT, Encapsulation
 from routes.plan import RoutePlan, Tunnel, tunnel_link_local, vxlan_mac
 
 #: Names of all links of the overlay start so.
 LINK_PREFIXES = ("knp-vxlan", "knp-ipip", "knp-t6-")
-VNI, VXLAN_PORT = 4096, 4789  # RFC 7348: the port that IANA assigned
+VNI = 4096
 
 
 def overlay_of(plan: RoutePlan, *, underlay_mtu: int) -> OverlayState:

@@ -33,9 +33,9 @@ from netpol.model.net import Prefix, parse_address, parse_prefix
 from routes.bird.daemon import BirdDaemon, Folder
 from routes.bird.engine import BirdEngine
 from routes.egress import EgressOptions
-from routes.masquerade import EgressDrivers
 from routes.options import Encapsulation, OverlayMode, RouteOptions
 from routes.peers_file import read_peers
+from routes.rules import RuleDrivers
 from routes.sync import Facts, RoutesRoom
 
 _LOCAL_PODS = "local pods"
@@ -69,7 +69,7 @@ class RoutesPart:
                 by_default=settings.masquerade,
                 exclude=_prefixes(settings.masquerade_exclude),
             ),
-            egress_drivers=EgressDrivers(
+            rule_drivers=RuleDrivers(
                 NetlinkSets(owner=ROUTES), RestoreTables(variant, owner=ROUTES)
             ),
             clock=clock,

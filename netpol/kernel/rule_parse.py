@@ -54,7 +54,11 @@ from netpol.model.ruleset import (
     TcpFlags,
 )
 
-_PROTOCOLS_BY_WORD = {word: protocol for protocol, word in PROTOCOL_WORDS.items()}
+_PROTOCOLS_BY_WORD = {word: protocol for protocol, word in PROTOCOL_WORDS.items()} | {
+    # As /etc/protocols names them, where there is one.
+    "ipencap": Protocol.IPIP,
+    "ipv6": Protocol.IPV6,
+}
 _PROGRAMS: dict[str, Match] = {
     **{same_address_program(family): SameAddress(family) for family in Family},
     **{ipvs_takes_program(family): IpvsTakes(family) for family in Family},

@@ -62,6 +62,9 @@ PROTOCOL_WORDS = {
     Protocol.SCTP: "sctp",
     Protocol.ICMP: "icmp",
     Protocol.ICMPV6: "ipv6-icmp",
+    # By number: the tool knows these names only where the machine has /etc/protocols.
+    Protocol.IPIP: "4",
+    Protocol.IPV6: "41",
 }
 PORT_MODULES = {"tcp": Protocol.TCP, "udp": Protocol.UDP, "sctp": Protocol.SCTP}
 

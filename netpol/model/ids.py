@@ -25,13 +25,18 @@ class Direction(StrEnum):
 
 
 class Protocol(StrEnum):
-    """Layer-4 protocols; the first three are those that a NetworkPolicy can name."""
+    """Protocols of the IP header; the first three are those that a NetworkPolicy can name.
+
+    IPIP and IPV6 are packets in packets (RFC 2003, RFC 2473).
+    """
 
     TCP = "TCP"
     UDP = "UDP"
     SCTP = "SCTP"
     ICMP = "ICMP"
     ICMPV6 = "ICMPv6"
+    IPIP = "IPIP"
+    IPV6 = "IPv6"
 
 
 #: The protocols with ports (core/v1 Protocol).
@@ -44,6 +49,8 @@ PROTOCOL_NUMBERS: dict[Protocol, int] = {
     Protocol.SCTP: 132,
     Protocol.ICMP: 1,
     Protocol.ICMPV6: 58,
+    Protocol.IPIP: 4,
+    Protocol.IPV6: 41,
 }
 
 PORT_MIN = 1

@@ -120,6 +120,7 @@ def match_lists(family: Family) -> list[tuple[Match, ...]]:
         (TCP,),
         (UDP,),
         (SCTP,),
+        (IpProtocol(Protocol.IPIP if family is Family.V4 else Protocol.IPV6),),
         (IpProtocol(Protocol.ICMP if v4 else Protocol.ICMPV6),),
         (TCP, DstPorts(Protocol.TCP, spans((80, 80)))),
         (TCP, DstPorts(Protocol.TCP, spans((1, 65535)))),
