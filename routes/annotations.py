@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -54,6 +55,9 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.annotation}: {self.message}"
+
+
+_WORD = re.compile(r"[A-Za-z]{1,24}")
 
 
 class _BadError(ValueError):
@@ -181,14 +185,23 @@ class _Reader:
                 self._bad(f"{found[0]}[{number}]", str(e))
 
 
+class _Loader(yaml.BaseLoader):
+    """Makes texts, lists and mappings, and follows no alias: a few of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise _BadError("needed YAML without aliases")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(text: str) -> Any:
     """Read YAML with every scalar as the text that was written: 64512:1:2 is no number in base 60.
 
     Raises:
-        ValueError: it is not YAML.
+        ValueError: it is not YAML, or has aliases.
     """
     try:
-        return yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506 - it makes texts, lists, mappings
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a BaseLoader
     except (yaml.YAMLError, RecursionError):
         raise _BadError("not YAML") from None
 
@@ -216,7 +229,9 @@ def peer_of(item: Any, *, encoded: bool) -> ExternalPeer:
     given = {_PEER_KEYS.get(str(k), str(k)): v for k, v in item.items() if v not in (None, "")}
     unknown = sorted(set(given) - set(_READERS) - {"password"})
     if unknown:
-        raise _BadError(f"no key of a peer is named {unknown[0][:40]!r}")
+        # A key that is no word is a slip, such as a missing space, and may hold a password.
+        named = f" is named {unknown[0]!r}" if _WORD.fullmatch(unknown[0]) else " looks like it"
+        raise _BadError(f"no key of a peer{named}")
     for key in ("address", "asn"):
         if key not in given:
             raise _BadError(f"needed {key}, got none")
@@ -234,6 +249,8 @@ def peer_of(item: Any, *, encoded: bool) -> ExternalPeer:
     peer = ExternalPeer(**values, imports=ImportPolicy(**imports))
     if peer.ttl_security and peer.multihop:
         raise _BadError("ttlSecurity: needed a peer without multihop")
+    if peer.keepalive_s > peer.hold_s:
+        raise _BadError("keepaliveSeconds: needed at most holdSeconds")
     source = peer.local_address
     if source is not None and family_of(source) is not family_of(peer.address):
         raise _BadError("localAddress: needed the family of the peer's address")
@@ -291,7 +308,7 @@ def _number(value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not text.isascii() or not text.isdigit() or len(text) > 10:
         raise _BadError(f"needed a number of {low}..{high}")
     if not low <= int(text) <= high:
-        raise _BadError(f"needed {low}..{high}, got {int(text)}")
+        raise _BadError(f"needed a number of {low}..{high}")
     return int(text)
 
 
@@ -350,7 +367,10 @@ def _prefix(value: Any) -> Prefix:
 def _address(value: Any) -> bytes:
     address = _ip(value)
     ip = ipaddress.ip_address(address)
-    if ip.is_multicast or ip.is_unspecified or ip.is_loopback:
+    # BIRD takes a link-local neighbour only with its link, which nobody says here.
+    if ip.is_multicast or ip.is_unspecified or ip.is_loopback or ip.is_link_local:
+        raise _BadError("needed the address of a router")
+    if len(address) == 4 and not 0 < address[0] < 240:  # "this network", and what is reserved
         raise _BadError("needed the address of a router")
     return address
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
-from netpol.model.net import FAMILIES, Family, Prefix, family_of, host_prefix, parse_prefix
+from netpol.model.net import (
+    FAMILIES,
+    Family,
+    Prefix,
+    collapse,
+    family_of,
+    host_prefix,
+)
 from netpol.model.objects import Node
 from routes.annotations import NodeBgp
-from routes.annotations import read as read_annotations
+from routes.members import NEVER, Member, members_of, overlap
 from routes.options import (
     Community,
     Encapsulation,
@@ -68,6 +74,7 @@ class RoutePlan:
         own_pods: its podCIDRs, which nobody may announce to it.
         vips: addresses of Services that external peers are told.
         pods: podCIDRs of all nodes.
+        owners: of each other node, the next hop of a family and its podCIDRs of it.
         protected: blocks that a router outside may not announce, nor a part or a whole of.
         tunnels: nodes behind the overlay; `tunnel_all` says that no other way may be taken.
         on_link: whether nodes without a tunnel are reached over their subnet; else by any route.
@@ -83,6 +90,7 @@ class RoutePlan:
     own_pods: tuple[Prefix, ...] = ()
     vips: tuple[Prefix, ...] = ()
     pods: tuple[Prefix, ...] = ()
+    owners: tuple[tuple[bytes, tuple[Prefix, ...]], ...] = ()
     peers: tuple[NodePeer, ...] = ()
     external: tuple[ExternalPeer, ...] = ()
     announcement: Announcement = Announcement()
@@ -98,53 +106,37 @@ class RoutePlan:
         return bool(self.local_addresses)
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """A node as BGP sees it."""
-
-    node: Node
-    bgp: NodeBgp
-    addresses: Mapping[Family, bytes]
-    pods: tuple[Prefix, ...]
-
-
-#: What no router may tell us: this network, loopback, link-local, multicast and what is reserved.
-_NEVER = (
-    *(
-        parse_prefix(p)
-        for p in (
-            *("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4"),
-            *("::/128", "::1/128", "fe80::/10", "ff00::/8"),
-        )
-    ),
-    # IPv4-mapped (RFC 4291 section 2.5.5.2), which the parser would read as IPv4.
-    Prefix(bytes(10) + b"\xff\xff" + bytes(4), 96),
-)
-
-
 def plan(
     nodes: Iterable[Node],
     name: str,
     options: RouteOptions,
     *,
     vips: Iterable[Prefix] = (),
+    services: Iterable[Prefix] = (),
 ) -> RoutePlan:
     """Plan for the node `name`, which must be among the nodes.
+
+    Args:
+        nodes: all of the cluster.
+        name: of the node.
+        options: the cluster's settings.
+        vips: addresses of Services that routers outside are told.
+        services: all addresses of Services, which no router outside may announce.
 
     Raises:
         KeyError: it is not.
     """
     problems: list[str] = []
-    members = {n.name: _member(n, options, problems) for n in sorted(nodes, key=lambda n: n.name)}
-    members = {m.node.name: m for m in _without_overlaps(members.values(), problems)}
+    members = members_of(nodes, name, options, problems)
     me = members[name]
     if not me.addresses:
         problems.append(f"node {name} has no address: it speaks no BGP")
     asn = me.bgp.asn or options.asn
-    announced = tuple(sorted(set(vips)))
     pods = tuple(p for m in members.values() for p in m.pods)
-    external = _external(me, asn, options, problems)
     others = [m for m in members.values() if m is not me]
+    mesh = tuple(_mesh(me, others, options, asn, problems))
+    external = _external(me, asn, options, mesh, problems)
+    announced = _announced(vips, external)
     return RoutePlan(
         node=name,
         options=options,
@@ -154,87 +146,31 @@ def plan(
         own_pods=me.pods,
         vips=announced,
         pods=tuple(sorted(set(pods))),
-        peers=tuple(_mesh(me, others, options, asn, problems)),
+        owners=tuple(_owners(others)),
+        peers=mesh,
         external=external,
         announcement=Announcement(me.bgp.communities, me.bgp.prepend),
         cluster_id=me.bgp.reflector_cluster,
-        protected=_protected(members.values(), external, options, announced),
+        protected=_protected(
+            members.values(), external, options, (*announced, *_reachable(services, external))
+        ),
         tunnels=tuple(_tunnels(me, others, options)),
         local_addresses=me.bgp.local_addresses,
         problems=tuple(problems),
     )
 
 
-def _member(node: Node, options: RouteOptions, problems: list[str]) -> _Member:
-    member, found = _read_member(node, options.cluster_cidrs)
-    problems += found
-    return member
-
-
-# Of a thousand nodes one changes at a time; reading the others again would be half of the work.
-@lru_cache(maxsize=16384)
-def _read_member(node: Node, cluster_cidrs: tuple[Prefix, ...]) -> tuple[_Member, tuple[str, ...]]:
-    bgp, found = read_annotations(dict(node.annotations))
-    problems = [f"node {node.name}: {p}" for p in found]
-    addresses: dict[Family, bytes] = {}
-    for address in node.addresses:
-        addresses.setdefault(family_of(address), address)
-    pods: list[Prefix] = []
-    for block in node.pod_cidrs:
-        bounds = [c for c in cluster_cidrs if c.family is block.family]
-        if bounds and not any(c.covers(block) for c in bounds):
-            problems.append(f"node {node.name}: podCIDR {block} is outside the cluster's ranges")
-        elif any(_overlap(block, bad) for bad in _NEVER):
-            problems.append(f"node {node.name}: podCIDR {block} is no range that can be routed")
-        else:
-            pods.append(block)
-    return _Member(node, bgp, addresses, tuple(dict.fromkeys(pods))), tuple(problems)
-
-
-def _without_overlaps(members: Iterable[_Member], problems: list[str]) -> Iterable[_Member]:
-    """Nobody's podCIDR may lie in another node's: the older node keeps it, then the first by name.
-
-    Sorted by network, every overlap is with a block that is still open, so this takes one pass.
-    """
-    members = list(members)
-    rank = {m.node.name: (m.node.created, m.node.name) for m in members}
-    blocks = sorted(
-        ((p, m.node.name) for m in members for p in m.pods),
-        key=lambda b: (b[0].family, b[0].address, b[0].length),
-    )
-    lost: set[tuple[Prefix, str]] = set()
-    open_: list[tuple[Prefix, str]] = []
-    for block in blocks:
-        open_ = [o for o in open_ if o[0].covers(block[0])]
-        for other in open_:
-            if other in lost or other[1] == block[1]:
-                continue
-            loser, winner = (block, other) if rank[other[1]] < rank[block[1]] else (other, block)
-            if loser not in lost:
-                lost.add(loser)
-                problems.append(
-                    f"node {loser[1]}: podCIDR {loser[0]} overlaps {winner[0]} of node {winner[1]}"
-                )
-        open_.append(block)
-    losers = {name for _, name in lost}
-    for m in members:
-        if m.node.name in losers:
-            yield replace(m, pods=tuple(p for p in m.pods if (p, m.node.name) not in lost))
-        else:
-            yield m
-
-
-def _router_id(me: _Member) -> bytes:
+def _router_id(me: Member) -> bytes:
     """RFC 6286: any four bytes that no other speaker of the AS has."""
     address = me.addresses.get(Family.V4)
     if address is not None:
         return address
-    return (hashlib.sha256(me.node.name.encode()).digest()[:4]) or bytes(4)
+    return b"\x01" + hashlib.sha256(me.node.name.encode()).digest()[:3]  # 0.0.0.0 is none
 
 
 def _mesh(
-    me: _Member,
-    others: Iterable[_Member],
+    me: Member,
+    others: Iterable[Member],
     options: RouteOptions,
     asn: int,
     problems: list[str],
@@ -292,17 +228,30 @@ def _meshed(one: NodeBgp, two: NodeBgp) -> bool:
 
 
 def _external(
-    me: _Member, asn: int, options: RouteOptions, problems: list[str]
+    me: Member,
+    asn: int,
+    options: RouteOptions,
+    mesh: Iterable[NodePeer],
+    problems: list[str],
 ) -> tuple[ExternalPeer, ...]:
     """Global peers and the node's own, which replace a global one of the same address and port."""
-    found = {(p.address, p.port): p for p in (*options.peers, *me.bgp.peers)}
-    out = []
+    everywhere = [
+        replace(p, imports=replace(p.imports, reject=(*p.imports.reject, *me.bgp.reject)))
+        for p in options.peers
+    ]
+    found = {(p.address, p.port): p for p in (*everywhere, *me.bgp.peers)}
+    nodes = {p.address: p.node for p in mesh}
+    out: list[ExternalPeer] = []
     for peer in found.values():
         family = family_of(peer.address)
         if family not in me.addresses and peer.local_address is None:
             problems.append(f"peer {host_prefix(peer.address)}: this node has no IPv{family.value}")
         elif peer.address in me.addresses.values():
             problems.append(f"peer {host_prefix(peer.address)}: this is the node itself")
+        elif peer.address in nodes:
+            problems.append(
+                f"peer {host_prefix(peer.address)}: this is node {nodes[peer.address]}, a peer already"
+            )
         elif peer.reflector and peer.asn != asn:
             problems.append(
                 f"peer {host_prefix(peer.address)}: a reflector has the AS of the node ({asn})"
@@ -312,22 +261,43 @@ def _external(
     return tuple(sorted(out, key=lambda p: (p.address, p.port)))
 
 
+def _owners(others: Iterable[Member]) -> Iterable[tuple[bytes, tuple[Prefix, ...]]]:
+    for m in others:
+        for family, address in m.addresses.items():
+            theirs = tuple(p for p in m.pods if p.family is family)
+            if theirs:
+                yield address, theirs
+
+
+def _announced(vips: Iterable[Prefix], external: Iterable[ExternalPeer]) -> tuple[Prefix, ...]:
+    """Without what no Service can have: who writes one must not take a router's address from it."""
+    peers = {host_prefix(p.address) for p in external}
+    return tuple(sorted(v for v in set(vips) - peers if not any(overlap(v, bad) for bad in NEVER)))
+
+
+def _reachable(services: Iterable[Prefix], external: Iterable[ExternalPeer]) -> Iterable[Prefix]:
+    """Addresses of Services to protect; where nothing is learnt from outside there is no need to."""
+    return services if any(p.imports.enabled for p in external) else ()
+
+
 def _protected(
-    members: Iterable[_Member],
+    members: Iterable[Member],
     external: Iterable[ExternalPeer],
     options: RouteOptions,
     vips: Iterable[Prefix],
 ) -> tuple[Prefix, ...]:
     """What the cluster and the node live on: no route from outside may touch it."""
-    out = {*_NEVER, *options.cluster_cidrs, *options.service_cidrs, *options.subnets, *vips}
+    out = {*NEVER, *options.cluster_cidrs, *options.service_cidrs, *options.subnets, *vips}
+    out |= {*options.connected}
     for m in members:
         out |= {*m.pods, *(host_prefix(a) for a in m.node.addresses)}
     for peer in external:
         out.add(host_prefix(peer.address))
-    return tuple(sorted(out, key=lambda p: (p.family, p.address, p.length)))
+    # What lies in a block of these is protected by it.
+    return tuple(sorted(collapse(out), key=lambda p: (p.family, p.address, p.length)))
 
 
-def _tunnels(me: _Member, others: Iterable[_Member], options: RouteOptions) -> Iterable[Tunnel]:
+def _tunnels(me: Member, others: Iterable[Member], options: RouteOptions) -> Iterable[Tunnel]:
     if options.overlay is OverlayMode.NEVER:
         return
     for other in others:
@@ -353,10 +323,6 @@ def vxlan_mac(node: str) -> bytes:
 def tunnel_link_local(mac: bytes) -> bytes:
     """The link-local address that belongs to a MAC (modified EUI-64, RFC 4291 appendix A)."""
     return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
-
-
-def _overlap(one: Prefix, two: Prefix) -> bool:
-    return one.covers(two) or two.covers(one)
 
 
 __all__ = [

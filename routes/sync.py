@@ -24,18 +24,18 @@ from netpol.aio.runner import BoundedRunner
 from netpol.kernel.overlay import IPIP_BYTES, VXLAN_BYTES, apply_overlay
 from netpol.kernel.routes import Underlay, bird_routes, underlay
 from netpol.lib.errors import InputError, KernelError, NetpolError
-from netpol.model.net import Family
+from netpol.model.net import Family, Prefix
 from netpol.model.objects import Endpoint, EndpointSlice, Namespace, Node, Service
 from routes.bird.engine import BirdEngine
 from routes.bird.render import render
 from routes.cni import keep_conflist
-from routes.egress import EgressOptions, members
-from routes.masquerade import EgressDrivers, keep_egress
+from routes.egress import EgressOptions
 from routes.options import Encapsulation, OverlayMode, RouteOptions
 from routes.overlay import LINK_PREFIXES, overlay_of
 from routes.plan import RoutePlan, plan
+from routes.rules import RuleDrivers, keep_rules, rules_of
 from routes.show import lookup_document, peers_document, routes_document
-from routes.vips import announced
+from routes.vips import announced, service_addresses
 
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -84,23 +84,26 @@ class RoutesRoom:
         options: RouteOptions,
         facts: Callable[[], Facts],
         cni_conf_dir: Path | None = None,
+        cni_written: Callable[[], None] = lambda: None,
         egress: EgressOptions | None = None,
-        egress_drivers: EgressDrivers | None = None,
+        rule_drivers: RuleDrivers | None = None,
         clock: Clock | None = None,
     ) -> None:
         """Args: facts: gives the caches' contents.
 
         cni_conf_dir: where the conflist is kept; None to leave the CNI alone.
-        egress, egress_drivers: masquerade of what leaves the cluster, and its hand in the kernel.
+        cni_written: called when it was changed: policy reads pod ranges there.
+        egress: masquerade of what leaves the cluster.
+        rule_drivers: the hand in the kernel for masquerade, and for who may send tunnelled packets.
         """
         self._engine, self._node, self._facts = engine, node, facts
         self.options = options
-        self._cni_conf_dir = cni_conf_dir
-        self._egress, self._egress_drivers = egress or EgressOptions(), egress_drivers
+        self._cni_conf_dir, self._cni_written = cni_conf_dir, cni_written
+        self._egress, self._rule_drivers = egress or EgressOptions(), rule_drivers
         self.generation = 0
         self._read: object = None
         self._link: Underlay | None = None
-        self._masqueraded: object = None
+        self._ruled: object = None
         self._drains_at_s: float | None = None
         self._drain_file = Path(options.run_dir) / "drain"
         self._looked_s = 0.0
@@ -118,8 +121,9 @@ class RoutesRoom:
             on_error=self._failed,
             resync_s=RESYNC_S,
         )
-        if self._drain_file.exists():
-            self._set_drain(on=True)
+        began_s = _time_of(self._drain_file)
+        if began_s is not None:
+            self._set_drain(on=True, for_s=max(0.0, self._clock.wall() - began_s))
 
     # -- marks ------------------------------------------------------------------------------
 
@@ -147,8 +151,9 @@ class RoutesRoom:
             file.unlink(missing_ok=True)
         self._set_drain(on=on)
 
-    def _set_drain(self, *, on: bool) -> None:
-        self._drains_at_s = self._clock.monotonic() + DRAIN_S if on else None
+    def _set_drain(self, *, on: bool, for_s: float = 0.0) -> None:
+        """Args: for_s: how long it lasts already: what was withdrawn must not come back by a restart."""
+        self._drains_at_s = self._clock.monotonic() + DRAIN_S - for_s if on else None
         self.options = replace(self.options, drain=on)
         self.changed()
 
@@ -188,11 +193,12 @@ class RoutesRoom:
         now_s = self._clock.monotonic()
         everything = self.status.error != "" or now_s - self._looked_s >= RESYNC_S
         made, read = await self._plan(facts)
+        self.status.problems = made.problems
+        # Before the overlay, whose end takes packets from anybody; and pods leave without BIRD too.
+        await self._rules(made, facts, everything=everything)
         if made is not self.plan or everything:
             await self._routes(made)
             self._looked_s, self._read = now_s, read
-        await self._masquerade(made, facts, everything=everything)
-        self.status.problems = made.problems
         self.status.applied_generation = generation
         self.status.applied_at_s = self._clock.monotonic()
         self.status.error = ""
@@ -213,11 +219,12 @@ class RoutesRoom:
                 facts.services, facts.slices, facts.nodes, node=self._node, options=options
             )
         )
-        read = (facts.nodes, options, vips, link)
+        services = service_addresses(facts.services)
+        read = (facts.nodes, options, vips, services, link)
         self._link = link
         if self.plan is not None and read == self._read:
             return self.plan, read
-        return plan(facts.nodes, self._node, options, vips=vips), read
+        return plan(facts.nodes, self._node, options, vips=vips, services=services), read
 
     async def _routes(self, made: RoutePlan) -> None:
         """CNI, overlay and BIRD; the plan is in force only when all of it is."""
@@ -235,8 +242,12 @@ class RoutesRoom:
 
     def _live_options(self, link: Underlay) -> RouteOptions:
         """The settings, and what only the node's own link tells."""
-        subnets = self.options.subnets or link.subnets
-        return replace(self.options, interface=link.name, subnets=subnets)
+        given = self.options.subnets
+        said = {s.family for s in given}
+        subnets = given + tuple(s for s in link.subnets if s.family not in said)
+        # What the link itself is connected to is protected, whatever subnets somebody named.
+        connected = (*link.connected, *link.subnets)
+        return replace(self.options, interface=link.name, subnets=subnets, connected=connected)
 
     def _conflist(self, made: RoutePlan, link: Underlay) -> None:
         """The CNI's part; what is wrong with its file must not stop routes."""
@@ -246,42 +257,43 @@ class RoutesRoom:
         try:
             if keep_conflist(self._cni_conf_dir, made.own_pods, mtu=pod_mtu(made, link.mtu)):
                 _log.info("wrote the CNI configuration", ranges=[str(p) for p in made.own_pods])
+                self._cni_written()
         except NetpolError as e:
             self.status.conflist_error = str(e)
 
-    async def _masquerade(self, made: RoutePlan, facts: Facts, *, everything: bool) -> None:
-        drivers = self._egress_drivers
+    async def _rules(self, made: RoutePlan, facts: Facts, *, everything: bool) -> None:
+        drivers = self._rule_drivers
         if drivers is None:
             return
         read = (made, facts.pods, facts.namespaces, facts.nodes)
-        if read == self._masqueraded and not everything:
+        if read == self._ruled and not everything:
             return
-        self._masqueraded = None
+        self._ruled = None
         said = {n.name: n.masquerade for n in facts.namespaces if n.masquerade is not None}
         nodes = [a for n in facts.nodes for a in n.addresses]
-        want = (
-            members(made, self._egress, facts.pods, namespaces=said, nodes=nodes)
-            if self._egress.enabled
-            else None
-        )
-        await self._kernel(lambda: keep_egress(drivers, want))
-        self._masqueraded = read
+        want = rules_of(made, self._egress, facts.pods, namespaces=said, nodes=nodes)
+        await self._kernel(lambda: keep_rules(drivers, want))
+        self._ruled = read
 
     async def _risk(self, made: RoutePlan) -> Callable[[], Awaitable[bool]] | None:
         """A check that what worked goes on, where a change may break all of it at once."""
         if self.plan is None or not risky(self.plan, made):
             return None
         up = {n for n, p in (await self._engine.protocols()).items() if p.established}
-        had = len(await self._kernel(bird_routes))
+        # Routes to nodes that stay; what routers outside announce goes with them, as it should.
+        lasting = {p for n in made.peers for p in n.accept}
+
+        async def reached() -> set[Prefix]:
+            return {r.prefix for r in await self._kernel(bird_routes) if r.reachable} & lasting
+
+        had = await reached()
 
         async def healthy() -> bool:
             now = await self._engine.protocols()
             kept = [n for n in up if n in now]
             alive = sum(now[n].established for n in kept)
-            routes = len(await self._kernel(bird_routes))
-            return alive >= len(kept) * HEALTHY_SHARE and (
-                not kept or routes >= had * HEALTHY_SHARE
-            )
+            have = len(await reached() & had)
+            return alive >= len(kept) * HEALTHY_SHARE and have >= len(had) * HEALTHY_SHARE
 
         return healthy
 
@@ -315,8 +327,15 @@ class RoutesRoom:
     def close(self) -> None:
         """Let go; BIRD, routes and rules stay."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._egress_drivers is not None:
-            self._egress_drivers.sets.close()
+        if self._rule_drivers is not None:
+            self._rule_drivers.sets.close()
+
+
+def _time_of(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return None
 
 
 def pod_mtu(made: RoutePlan, underlay_mtu: int) -> int:

@@ -41,6 +41,14 @@ def announced(
     return tuple(sorted(p for p in out if not any(r.contains(p.address) for r in ranges)))
 
 
+def service_addresses(services: Iterable[Service]) -> tuple[Prefix, ...]:
+    """Whatever address a Service has: no router outside may announce it."""
+    out: set[bytes] = set()
+    for s in services:
+        out.update((*s.cluster_ips, *s.external_ips, *(i.address for i in s.ingress if i.address)))
+    return tuple(sorted(map(host_prefix, out)))
+
+
 def ready_here(slices: Iterable[EndpointSlice], node: str) -> frozenset[ObjectKey]:
     """The Services with a ready endpoint on a node."""
     return frozenset(

@@ -8,7 +8,7 @@ BIRD goes on when the agent ends. Nothing here decides what is routed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from routes.peers_file import read_peers
 from routes.rules import RuleDrivers
 from routes.sync import Facts, RoutesRoom
 
-_LOCAL_PODS = "local pods"
+_LOCAL_PODS = informers.LOCAL_PODS
 
 
 class RoutesPart:
@@ -50,7 +50,14 @@ class RoutesPart:
 
     name = "routes"
 
-    def __init__(self, settings: Settings, *, variant: Variant, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        variant: Variant,
+        clock: Clock,
+        cni_written: Callable[[], None],
+    ) -> None:
         self._settings = settings
         self._stores: dict[str, Store[Any]] = {}
         self.engine = BirdEngine(
@@ -64,6 +71,7 @@ class RoutesPart:
             options=route_options(settings),
             facts=self._facts,
             cni_conf_dir=Path(settings.cni_conf_dir) if settings.write_cni else None,
+            cni_written=cni_written,
             egress=EgressOptions(
                 enabled=True,
                 by_default=settings.masquerade,

@@ -19,7 +19,7 @@ from routes.options import (
 )
 from routes.peers_file import read_peers
 from routes.plan import plan
-from routes.vips import announced
+from routes.vips import announced, service_addresses
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +98,8 @@ def _render(args: argparse.Namespace) -> int:
         node=args.node,
         options=options,
     )
-    made = plan(found.nodes.values(), args.node, options, vips=vips)
+    services = service_addresses(found.services.values())
+    made = plan(found.nodes.values(), args.node, options, vips=vips, services=services)
     for problem in made.problems:
         remark(problem)
     if args.strict and made.problems:

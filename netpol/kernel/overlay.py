@@ -26,6 +26,8 @@ from netpol.model.net import Family, family_of, format_address
 _NUD_PERMANENT = 0x80
 #: linux/if_addr.h: IFA_F_NODAD
 _NODAD = 0x02
+#: linux/ip6_tunnel.h: IP6_TNL_F_IGN_ENCAP_LIMIT
+_IGN_ENCAP_LIMIT = 0x01
 #: How long BIRD may take to lead its routes elsewhere after it said that it is reconfigured.
 _UNUSED_S = 2.0
 _POLL_S = 0.05
@@ -140,7 +142,8 @@ class _Overlay:
             }.get(e.code, os.strerror(e.code))
             raise KernelError(f"link {name}", needed=f"a link of kind {kind}", got=got) from e
         self._done.append(f"made link {name}")
-        return self._links()[name]
+        (made,) = self._route.link("get", ifname=name)
+        return made
 
     # -- vxlan ------------------------------------------------------------------------------
 
@@ -236,9 +239,16 @@ class _Overlay:
             self._delete(have)
             have = None
         if have is None:
-            have = self._make(want.name, **_tunnel_attributes(want))
-        if have.get("IFLA_MTU") != want.mtu or not have["flags"] & 1:
-            self._route.link("set", index=have["index"], mtu=want.mtu, state="up")
+            new = self._make(want.name, **_tunnel_attributes(want))
+            self._route.link("set", index=int(new["index"]), mtu=want.mtu, state="up")
+            return
+        index = int(have["index"])
+        if have.get("IFLA_MTU") != want.mtu:
+            self._route.link("set", index=index, mtu=want.mtu)
+            self._done.append(f"{want.name}: mtu {want.mtu}")
+        if not have["flags"] & 1:
+            self._route.link("set", index=index, state="up")
+            self._done.append(f"{want.name}: up")
 
 
 def _wait_while(used: Callable[[KernelRoute], bool]) -> None:
@@ -257,8 +267,8 @@ def _tunnel_attributes(want: Ipip) -> dict[str, Any]:
         "ip6tnl_local": local,
         "ip6tnl_remote": format_address(want.remote),
         "ip6tnl_proto": 41,
-        # linux/ip6_tunnel.h IP6_TNL_F_IGN_ENCAP_LIMIT: without the extra header the MTU is what it seems.
-        "ip6tnl_flags": 0x1,
+        # Without the extra header the MTU is what it seems.
+        "ip6tnl_flags": _IGN_ENCAP_LIMIT,
         "ip6tnl_encap_limit": 0,
     }
 
@@ -293,12 +303,18 @@ def _is_tunnel(link: Any, want: Ipip) -> bool:
     if data is None:
         return False
     if family_of(want.local) is Family.V4:
-        return _kind(link) == "ipip" and data.get("IFLA_IPIP_LOCAL") == format_address(want.local)
+        ends = (data.get("IFLA_IPIP_LOCAL"), data.get("IFLA_IPIP_REMOTE") or "0.0.0.0")  # noqa: S104
+        return _kind(link) == "ipip" and _packed(ends) == (want.local, bytes(4))
+    ends = (data.get("IFLA_IP6TNL_LOCAL"), data.get("IFLA_IP6TNL_REMOTE"))
     return (
         _kind(link) == "ip6tnl"
-        and data.get("IFLA_IP6TNL_LOCAL") == format_address(want.local)
-        and data.get("IFLA_IP6TNL_REMOTE") == format_address(want.remote)
+        and _packed(ends) == (want.local, want.remote)
+        and bool((data.get("IFLA_IP6TNL_FLAGS") or 0) & _IGN_ENCAP_LIMIT)
     )
+
+
+def _packed(addresses: Iterable[str | None]) -> tuple[bytes, ...]:
+    return tuple(ipaddress.ip_address(a).packed if a else b"" for a in addresses)
 
 
 def _mac(mac: bytes) -> str:

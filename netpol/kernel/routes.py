@@ -1,6 +1,7 @@
-"""What the kernel routes by BIRD, and the link that leads to the other nodes: rtnetlink, read only.
+"""What the kernel routes by BIRD, and the link that leads to the other nodes: rtnetlink.
 
-BIRD writes the routes; this reads the truth back. In the calling thread's network namespace.
+BIRD writes the routes; this reads the truth back, and takes away what a BIRD left that is gone. In the
+calling thread's network namespace.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ class Underlay(NamedTuple):
         name: of the link.
         mtu: bytes that it takes.
         subnets: what it is connected to, of both families; link-local is no subnet.
+        connected: what other links are connected to: loopback and single addresses are no network.
     """
 
     name: str
     mtu: int
     subnets: tuple[Prefix, ...]
+    connected: tuple[Prefix, ...] = ()
 
 
 def bird_routes() -> tuple[KernelRoute, ...]:
@@ -59,6 +62,25 @@ def bird_routes() -> tuple[KernelRoute, ...]:
     except NetlinkError as e:
         raise KernelError("reading routes", got=str(e)) from e
     return tuple(out)
+
+
+def remove_bird_routes() -> int:
+    """Delete all routes of BIRD's from the main table; returns how many there were.
+
+    Raises:
+        KernelError: the kernel refuses, or somebody adds them again.
+    """
+    count = len(bird_routes())
+    try:
+        with IPRoute() as route:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                route.flush_routes(family=family, table=_RT_TABLE_MAIN, proto=_RTPROT_BIRD)
+    except NetlinkError as e:
+        raise KernelError("removing routes", got=str(e)) from e
+    rest = len(bird_routes())
+    if rest:
+        raise KernelError("removing routes of BIRD", needed="none", got=f"{rest} left")
+    return count
 
 
 def _route(message: Any, family: int) -> KernelRoute:
@@ -96,9 +118,15 @@ def underlay(addresses: Collection[bytes]) -> Underlay | None:
             (link,) = route.get_links(index)
     except NetlinkError as e:
         raise KernelError("reading addresses", got=str(e)) from e
-    subnets = {
-        masked(a, length)
-        for i, a, length in found
-        if i == index and not ipaddress.ip_address(a).is_link_local
-    }
-    return Underlay(str(link.get("IFLA_IFNAME")), int(link.get("IFLA_MTU")), tuple(sorted(subnets)))
+    networks: dict[bool, set[Prefix]] = {True: set(), False: set()}
+    for i, a, length in found:
+        ip = ipaddress.ip_address(a)
+        # Of other links a single address may come with every pod (ptp) or Service.
+        if not ip.is_link_local and not ip.is_loopback and (i == index or length < len(a) * 8):
+            networks[i == index].add(masked(a, length))
+    return Underlay(
+        str(link.get("IFLA_IFNAME")),
+        int(link.get("IFLA_MTU")),
+        tuple(sorted(networks[True])),
+        tuple(sorted(networks[False])),
+    )

@@ -86,6 +86,13 @@ def command(binary: str, folder: Folder, *, user: str, recover: bool) -> list[st
     ]
 
 
+def _words_of(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
 class BirdDaemon:
     """Starts and ends BIRD in the calling process's network namespace.
 
@@ -198,11 +205,17 @@ class BirdDaemon:
         """The process number of the daemon of this folder, whoever started it; None for none."""
         try:
             pid = int(self.folder.pid.read_text(encoding="ascii"))
-            # Its own words: a number may be another program's by now, or another BIRD's.
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError):
-            return None
-        return pid if os.fsencode(self.folder.socket) in words else None
+            pid = 0
+        # Its own words: a number may be another program's by now, or another BIRD's.
+        if os.fsencode(self.folder.socket) in _words_of(pid):
+            return pid
+        # The file may be gone, and with it the socket: two daemons would fight for the port and the routes.
+        mine = (os.fsencode(self.folder.socket), os.fsencode(self.folder.pid))
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and all(w in _words_of(int(entry.name)) for w in mine):
+                return int(entry.name)
+        return None
 
     async def kill(self) -> None:
         """End it at once, so that peers keep its routes until the next one speaks (never SIGTERM)."""

@@ -33,6 +33,10 @@ RISK_S = 30
 SETTLE_S = 10.0
 #: A BIRD that failed to answer so often in a row is killed.
 HANGS_MAX = 3
+#: Sessions that are down for longer than this are not waited for: an answer a second does.
+AWAKE_MAX_S = 60.0
+#: A risky change that broke what worked is not tried again before this, unless it is another one.
+AGAIN_S = 600.0
 #: Pauses between attempts to start it.
 RESTART_S, RESTART_MAX_S = 0.5, 15.0
 
@@ -77,7 +81,12 @@ class BirdEngine:
         self.control = BirdControl(daemon.folder.socket)
         self.status = EngineStatus()
         self._applied: str | None = None
+        #: Whether BIRD has said that `_applied` is in force. It has not where an agent died, or an answer
+        #: did not come, between the file and BIRD.
+        self._sure = False
+        self._reverted: tuple[str, float] | None = None
         self._awake = True
+        self._moved_s = 0.0
         self._hangs = 0
         self._lock = asyncio.Lock()
 
@@ -117,19 +126,24 @@ class BirdEngine:
             NoAnswerError: BIRD cannot be started or asked.
         """
         async with self._lock:
-            if text == self._applied and self.status.running:
+            if text == self._applied and self._sure and self.status.running:
                 return False
-            self._awake = True
+            risky = healthy is not None and self._applied is not None
+            if risky:
+                self._not_again(text)
+            self._stay_awake()
             self._daemon.write(self._folder.candidate, text)
             if not await self._daemon.answers(self.control):
+                await self._not_hanging()
                 await self._first(text)
                 return True
+            self._hangs = 0
             await self._check(text)
             before = self._applied
             if before is not None:
                 self._daemon.write(self._folder.last_good, before)
+            self._sure = False
             self._folder.candidate.rename(self._folder.config)
-            risky = healthy is not None and before is not None
             answer = await self.control.ask(f"configure timeout {RISK_S}" if risky else "configure")
             if answer.failed:
                 self._go_back(before)
@@ -138,23 +152,47 @@ class BirdEngine:
             if risky and healthy is not None and not await self._confirmed(healthy):
                 self._go_back(before)
                 self.status.reverts += 1
-                raise NoAnswerError(
-                    "a change of routes",
-                    needed="sessions and routes that worked before to go on",
-                    got="they did not: it was undone",
-                )
-            self._applied = text
+                self._reverted = (text, self._clock.monotonic() + AGAIN_S)
+                raise _undone()
+            self._applied, self._sure, self._reverted = text, True, None
             self.status.applies += 1
-            return True
+            return text != before
+
+    def _not_again(self, text: str) -> None:
+        """Trying what broke sessions would break them anew each time: it waits for another change.
+
+        Raises:
+            NoAnswerError: this one was undone not long ago.
+        """
+        if self._reverted is None:
+            return
+        undone, until_s = self._reverted
+        if text == undone and self._clock.monotonic() < until_s:
+            raise _undone()
+
+    async def _not_hanging(self) -> None:
+        """No BIRD can be started beside one that hangs: kill it, after giving it some time.
+
+        Raises:
+            NoAnswerError: it has some time left.
+        """
+        if self._daemon.running() is None:
+            return
+        self._hangs += 1
+        if self._hangs < HANGS_MAX:
+            raise NoAnswerError("BIRD", needed="an answer", got="none, though it runs")
+        _log.error("BIRD hangs, killing it")
+        await self._daemon.kill()
 
     async def _first(self, text: str) -> None:
         """No BIRD runs: check the file without one, and start it."""
         fault = await self._daemon.parse(self._folder.candidate)
         if fault is not None:
             raise RefusedError(fault, _line_of(text, fault.line))
+        self._sure = False
         self._folder.candidate.rename(self._folder.config)
         await self._start()
-        self._applied = text
+        self._applied, self._sure = text, True
         self.status.applies += 1
 
     async def _check(self, text: str) -> None:
@@ -194,7 +232,11 @@ class BirdEngine:
         await self._daemon.start(self.control, recover=await self._has_routes())
         self.status.running, self.status.starts = True, self._daemon.starts
         self._hangs = 0
-        self._awake = True
+        self._stay_awake()
+
+    def _stay_awake(self) -> None:
+        """Something converges from now on."""
+        self._awake, self._moved_s = True, self._clock.monotonic()
 
     async def run(self) -> None:
         """Keep it running and awake until cancelled. It goes on when this ends."""
@@ -255,11 +297,15 @@ class BirdEngine:
 
     async def _look(self) -> str:
         """Count sessions; what is wrong with all of them, or ""."""
-        sessions = [p for p in (await self.protocols()).values() if p.kind == "BGP"]
-        self.status.sessions = len(sessions)
-        self.status.established = reply.established(sessions)
-        self._awake = self.status.established < len(sessions)
-        if any("No listening socket" in p.error for p in sessions):
+        # Not `all`: with a thousand sessions that is megabytes.
+        states = reply.protocols(await self.control.ask("show protocols"))
+        sessions = [p for p in states.values() if p.kind == "BGP"]
+        now_s, up = self._clock.monotonic(), reply.established(sessions)
+        if (up, len(sessions)) != (self.status.established, self.status.sessions):
+            self._moved_s = now_s
+        self.status.sessions, self.status.established = len(sessions), up
+        self._awake = up < len(sessions) and now_s - self._moved_s < AWAKE_MAX_S
+        if any(p.state == "down" and "No listening socket" in p.error for p in sessions):
             # BIRD never tries again by itself, even when the port is free.
             await self.control.ask("configure")
             return "the port of BGP is taken by another program: no sessions"
@@ -268,6 +314,14 @@ class BirdEngine:
     async def close(self) -> None:
         """Let go of it; it runs on."""
         await self.control.close()
+
+
+def _undone() -> NoAnswerError:
+    return NoAnswerError(
+        "a change of routes",
+        needed="sessions and routes that worked before to go on",
+        got="they did not: it was undone",
+    )
 
 
 def _line_of(text: str, number: int) -> str:

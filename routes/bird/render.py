@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from netpol.model.net import FAMILIES, Family, Prefix, family_of, format_address
+from netpol.model.net import FAMILIES, Family, Prefix, family_of, format_address, host_prefix
 from routes.options import Encapsulation, ExternalPeer, ImportPolicy, OverlayMode
 from routes.plan import NodePeer, RoutePlan, tunnel_link_local
 
@@ -31,6 +31,8 @@ VXLAN_LINK, IPIP_LINK = "knp-vxlan0", "knp-ipip0"
 _NAME_MAX = 64 - len("out__6")
 #: Routes of one destination over several external routers.
 _MULTIPATH_MAX = 16
+#: The shortest prefixes that are routed between networks.
+_SHORT = {Family.V4: 8, Family.V6: 16}
 _LOG_BYTES = 5_000_000
 #: RFC 8326
 _GRACEFUL_SHUTDOWN = "(65535,0)"
@@ -107,6 +109,12 @@ def _tables(plan: RoutePlan) -> Iterator[str]:
         yield f"protocol static overlay{n} {{ ipv{n} {{ table mesh_igp{n}; }};"
         yield from _overlay(plan, family)
         yield "}"
+        # Without its tunnel a node must not be found through a wider subnet of the link.
+        closed = [host_prefix(t.address) for t in plan.tunnels if family_of(t.address) is family]
+        if closed:
+            yield f"protocol static closed{n} {{ ipv{n} {{ table mesh_igp{n}; preference 1; }};"
+            yield from (f"  route {node} unreachable;" for node in dict.fromkeys(closed))
+            yield "}"
         yield (
             f"protocol kernel k_kernel{n} {{ kernel table 254; metric {METRIC}; persist; "
             "graceful restart; scan time 10; learn; netlink rx buffer 4194304; "
@@ -168,6 +176,9 @@ def _filters(plan: RoutePlan) -> Iterator[str]:
         yield f"function from_outside{n}(bool default_too)"
         yield "{"
         yield f"  if net = {_anything(family)} then return default_too;"
+        # Two halves of everything are the default route too; nobody is allocated such blocks.
+        short = f"[ {_anything(family)}{{1,{_SHORT[family] - 1}}} ]"
+        yield f"  if net ~ {short} && !default_too then return false;"
         protected = _of(plan.protected, family)
         # Neither what lies in such a block nor what it lies in.
         yield f"  if net ~ {_set(protected, '+')} then return false;"
@@ -339,6 +350,8 @@ def _external(plan: RoutePlan, peer: ExternalPeer) -> Iterator[str]:
         n = family.value
         imports = f"filter in_{name}_{n}" if _learns(plan, peer) else "none"
         limit = peer.imports.limit if peer.imports.enabled else 0
+        if limit and peer.reflector:
+            limit += len(plan.pods)  # the cluster's own are not to be crowded out
         more = f"import limit {limit} action block;" if limit else ""
         yield from _channel(
             plan, family, imports=imports, exports=f"filter out_{name}_{n}", igp=igp, more=more
@@ -357,9 +370,7 @@ def _external_filters(
     if _learns(plan, peer):
         yield f"filter in_{name}_{n} {{"
         if peer.reflector:
-            theirs = [p for p in _of(plan.pods, family) if p not in plan.own_pods]
-            if theirs:
-                yield f"  if net ~ {_set(theirs)} then accept;"
+            yield from _reflected(plan, family)
         yield from _import_rules(peer.imports, peer.local_pref, family)
         yield "  reject;"
         yield "}"
@@ -385,6 +396,16 @@ def _external_filters(
         yield from (f"  bgp_path.prepend({prepend[0]});" for _ in range(prepend[1]))
     yield "  accept;"
     yield "}"
+
+
+def _reflected(plan: RoutePlan, family: Family) -> Iterator[str]:
+    """Each node's podCIDRs, with that node as the next hop: a client cannot have another's reflected."""
+    owners = [(a, p) for a, p in plan.owners if family_of(a) is family]
+    if not owners:
+        return
+    yield "  case bgp_next_hop {"
+    yield from (f"    {format_address(a)} : if net ~ {_set(p)} then accept;" for a, p in owners)
+    yield "  }"
 
 
 def _import_rules(policy: ImportPolicy, local_pref: int | None, family: Family) -> Iterator[str]:

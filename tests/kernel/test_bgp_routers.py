@@ -42,13 +42,17 @@ def net() -> Iterator[BirdNet]:
 
 
 def start(
-    net: BirdNet, *peers: ExternalPeer, vips: tuple[Prefix, ...] = (VIP,), **more: object
+    net: BirdNet,
+    *peers: ExternalPeer,
+    vips: tuple[Prefix, ...] = (VIP,),
+    services: tuple[Prefix, ...] = (),
+    **more: object,
 ) -> Host:
     """Both nodes with these peers; returns the first."""
     nodes = [h.node() for h in net.hosts.values()]
     for name, host in net.hosts.items():
         options = RouteOptions(run_dir=str(host.folder), peers=peers, **more)  # type: ignore[arg-type]
-        net.start(name, render(plan(nodes, name, options, vips=vips)))
+        net.start(name, render(plan(nodes, name, options, vips=vips, services=services)))
     one = net.hosts["n1"]
     assert net.wait(one.socket.exists)
     return one
@@ -439,6 +443,12 @@ STOLEN = [
     "169.254.169.254/32",
     "224.0.0.0/24",
     "10.0.1.254/32",  # the router itself
+    "0.0.0.0/1",  # the two halves of everything
+    "128.0.0.0/1",
+    "64.0.0.0/3",  # a large part of it, with nothing of the cluster's in it
+    "203.0.113.9/32",  # a Service that this node does not announce
+    "172.30.0.0/16",  # another network of the node
+    "172.30.4.0/24",
 ]
 SERVICES = parse_prefix("10.96.0.0/12")
 
@@ -448,8 +458,17 @@ def test_a_router_cannot_take_the_cluster_over(net: BirdNet, *, default_route: b
     imports = ImportPolicy(enabled=True, default_route=default_route)
     peer = ExternalPeer(parse_address(ROUTER), 64666, imports=imports)
     subnets = (parse_prefix("10.0.1.0/24"), parse_prefix("fd00:1::/64"))
-    one = start(net, peer, service_cidrs=(SERVICES,), subnets=subnets)
-    want = {*of_mesh(net, one), "198.51.100.0/24"} | ({"default"} if default_route else set())
+    one = start(
+        net,
+        peer,
+        services=(parse_prefix("203.0.113.9/32"),),
+        service_cidrs=(SERVICES,),
+        subnets=subnets,
+        connected=(parse_prefix("172.30.0.0/16"),),
+    )
+    want = {*of_mesh(net, one), "198.51.100.0/24"}
+    if default_route:
+        want |= {"default", "64.0.0.0/3"}
 
     async def work(speaker: Speaker) -> bool:
         await speaker.announce([nlri(p) for p in [*STOLEN, "198.51.100.0/24"]], next_hop=ROUTER)

@@ -109,6 +109,28 @@ def test_a_peer_that_is_unreachable_is_never_reached_plainly() -> None:
         assert not one.pings(net.hosts["n3"])
 
 
+def test_a_wider_subnet_of_the_link_is_no_way_either() -> None:
+    """The subnets that are named are narrower than the link's own: the tunnel is the only way."""
+    with bird_net([(1, 1), (2, 3)]) as net:
+        one, three = net.hosts.values()
+        four, _ = one.addresses
+        one.run("ip", "address", "add", f"{four}/16", "dev", "eth0")
+        one.run("ip", "address", "del", f"{four}/24", "dev", "eth0")
+        one.run("ip", "address", "add", "fd00::77/16", "dev", "eth0", "nodad")
+        one.run("ip", "route", "add", "10.0.2.0/24", "via", "10.0.1.254")
+        one.run("ip", "route", "add", "fd00:2::/64", "via", "fd00:1::254")
+        start_mesh(net, subnets=SUBNETS, overlay=OverlayMode.CROSS_SUBNET)
+        closed = {f"unreachable {p}" for p in three.pods}
+        assert net.wait(lambda: one.routes() == closed), one.run("ip", "route")
+        made = overlay(net, "n1", prune=True, mode=OverlayMode.CROSS_SUBNET)
+        assert made
+        assert net.wait(lambda: one.routes() == set(three.pods)), one.run("ip", "route")
+        assert "dev knp-vxlan0" in one.run("ip", "route", "get", three.pod_addresses[0])
+        assert "dev knp-vxlan0" in one.run("ip", "-6", "route", "get", three.pod_addresses[1])
+        one.run("ip", "link", "delete", "knp-vxlan0")
+        assert net.wait(lambda: one.routes() == closed), one.run("ip", "route")
+
+
 def overlay(net: BirdNet, name: str, *, prune: bool, mode: OverlayMode) -> list[str]:
     host = net.hosts[name]
     nodes = [h.node() for h in net.hosts.values()]

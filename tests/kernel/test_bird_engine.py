@@ -305,3 +305,144 @@ def test_bird_in_a_container_of_its_own(net: BirdNet) -> None:
             beside.wait()
 
     in_netns(one.netns, lambda: asyncio.run(main()))
+
+
+def without_n2(net: BirdNet) -> str:
+    one = net.hosts["n1"]
+    return render(plan([one.node()], "n1", options(one)))
+
+
+def sessions_of(host: Host) -> list[str]:
+    async def work(engine: BirdEngine) -> list[str]:
+        return [n for n, p in (await engine.protocols()).items() if p.kind == "BGP"]
+
+    return inside(host, work)
+
+
+def test_a_file_that_bird_never_read_is_not_taken_for_what_is_in_force(net: BirdNet) -> None:
+    """An agent that is killed after the rename leaves the new file and the old configuration."""
+    one = net.hosts["n1"]
+    inside(one, lambda e: start(e, without_n2(net)))
+    wanted = config(net, "n1")
+    BirdDaemon(folder(one)).write(folder(one).config, wanted)
+    assert sessions_of(one) == []
+    inside(one, lambda e: start(e, wanted))
+    assert len(sessions_of(one)) == 1
+
+
+def test_a_change_that_a_former_agent_left_unconfirmed_stays(net: BirdNet) -> None:
+    one = net.hosts["n1"]
+    inside(one, lambda e: start(e, without_n2(net)))
+    wanted = config(net, "n1")
+    BirdDaemon(folder(one)).write(folder(one).config, wanted)
+
+    async def killed(engine: BirdEngine) -> None:
+        assert not (await engine.control.ask("configure timeout 2")).failed
+
+    inside(one, killed)
+
+    async def next_one(engine: BirdEngine) -> None:
+        await engine.apply(wanted)
+        await asyncio.sleep(2.5)
+
+    inside(one, next_one)
+    assert len(sessions_of(one)) == 1
+
+
+def test_an_answer_that_did_not_come_leaves_nothing_taken_for_sure(net: BirdNet) -> None:
+    """BIRD hangs for a while in the middle of a change, then does what it was told."""
+    one = net.hosts["n1"]
+    first, second = without_n2(net), config(net, "n1")
+    inside(one, lambda e: start(e, first))
+
+    async def work(engine: BirdEngine) -> list[str]:
+        await engine.apply(first)
+        ask = engine.control.ask
+
+        async def lost(command: str) -> object:
+            said = await ask(command)
+            if command == "configure":
+                raise NoAnswerError("BIRD", needed="an answer", got="none")
+            return said
+
+        engine.control.ask = lost  # type: ignore[method-assign,assignment]
+        with pytest.raises(NoAnswerError):
+            await engine.apply(second)
+        engine.control.ask = ask  # type: ignore[method-assign]
+        await engine.apply(first)
+        return [n for n, p in (await engine.protocols()).items() if p.kind == "BGP"]
+
+    assert inside(one, work) == []
+
+
+def test_a_bird_that_hangs_is_ended_by_an_agent_that_comes_to_it(
+    net: BirdNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = net.hosts["n1"]
+    inside(one, lambda e: start(e, without_n2(net)))
+    before = pid_of(one)
+    os.kill(before, signal.SIGSTOP)
+    wanted = config(net, "n1")
+
+    async def work(engine: BirdEngine) -> None:
+        for _ in range(2):
+            with pytest.raises(NoAnswerError):
+                await engine.apply(wanted)
+        await engine.apply(wanted)
+
+    monkeypatch.setattr(
+        "routes.bird.control.BirdControl.__init__.__kwdefaults__", {"answer_s": 0.5}
+    )
+    inside(one, work)
+    assert pid_of(one) != before
+    assert len(sessions_of(one)) == 1
+
+
+def test_a_bird_whose_files_are_gone_is_not_joined_by_a_second(net: BirdNet) -> None:
+    one = net.hosts["n1"]
+    inside(one, lambda e: start(e, without_n2(net)))
+    before = pid_of(one)
+    for path in (folder(one).pid, folder(one).socket):
+        path.unlink()
+    assert pid_of(one) == before
+
+    async def work(engine: BirdEngine) -> None:
+        for _ in range(2):
+            with pytest.raises(NoAnswerError):
+                await engine.apply(config(net, "n1"))
+        await engine.apply(config(net, "n1"))
+
+    inside(one, work)
+    assert Path(f"/proc/{before}/cmdline").read_bytes() == b""  # nobody has looked after it yet
+    assert pid_of(one) != before
+
+
+def test_a_change_that_was_undone_is_not_tried_again_and_again(
+    net: BirdNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = net.hosts["n1"]
+    good = without_n2(net)
+    inside(one, lambda e: start(e, good))
+    monkeypatch.setattr("routes.bird.engine.RISK_S", 6)
+
+    async def work(engine: BirdEngine) -> None:
+        asked = 0
+
+        async def never() -> bool:
+            nonlocal asked
+            asked += 1
+            return False
+
+        await engine.apply(good)
+        with pytest.raises(NoAnswerError, match="undone"):
+            await engine.apply(config(net, "n1"), healthy=never)
+        assert asked
+        asked = 0
+        with pytest.raises(NoAnswerError, match="undone"):
+            await engine.apply(config(net, "n1"), healthy=never)
+        assert not asked
+        assert engine.status.reverts == 1
+        assert not await engine.apply(good)
+
+    inside(one, work)
+    assert sessions_of(one) == []

@@ -341,3 +341,26 @@ def test_a_change_that_bird_refuses_is_an_error_until_it_is_mended(three: Cluste
     three.agents["n1"].changed()
     assert three.net.wait(lambda: room.ready), room.status.error
     assert one.routes() == set(two.pods)
+
+
+def test_a_router_that_is_taken_away_takes_its_routes_with_it(three: Cluster) -> None:
+    """Fewer routes are what was asked for: nothing to undo."""
+    one, two, _ = three.net.hosts.values()
+    router = three.net.folder / "router.conf"
+    outside = [f"198.51.100.{n * 16}/28" for n in range(8)]
+    router.write_text(
+        f'log "{three.net.folder}/router.log" all;\nrouter id 10.0.1.254;\nprotocol device {{}}\n'
+        f"protocol static {{ ipv4; {' '.join(f'route {p} blackhole;' for p in outside)} }}\n"
+        "protocol bgp n1 { local 10.0.1.254 as 65000; neighbor 10.0.1.1 as 64512; passive;\n"
+        "  ipv4 { import none; export all; }; }\n"
+    )
+    three.net.run_bird("router", three.net.router, router)
+    peer = "[{address: 10.0.1.254, asn: 65000, import: true}]"
+    three.world.facts = Facts((one.node(peers=peer), two.node()))
+    three.run("n1", "n2")
+    assert three.net.wait(lambda: one.routes() == {*two.pods, *outside}), one.routes()
+    three.know("n1", "n2")
+    assert three.net.wait(lambda: one.routes() == set(two.pods), within_s=8), one.routes()
+    room = three.agents["n1"].room
+    assert room is not None
+    assert three.net.wait(lambda: room.ready, within_s=8), room.status.error

@@ -7,6 +7,7 @@ import base64
 import pytest
 
 from netpol.model.net import parse_address, parse_prefix
+from netpol.model.objects import Node
 from routes.annotations import NodeBgp, community, password, peer_of, read, read_yaml
 from routes.options import Community
 
@@ -104,8 +105,8 @@ def test_one_bad_peer_costs_no_other() -> None:
 @pytest.mark.parametrize(
     ("annotations", "said"),
     [
-        ({"node_asn": "0"}, "needed 1.."),
-        ({"node_asn": "4294967295"}, "needed 1.."),
+        ({"node_asn": "0"}, "needed a number of 1.."),
+        ({"node_asn": "4294967295"}, "needed a number of 1.."),
         ({"node_asn": "x"}, "needed a number"),
         ({"router_id": "fd00::1"}, "needed an IPv4 address"),
         ({"path__prepend_as": "65000"}, "got one of them"),
@@ -118,7 +119,7 @@ def test_one_bad_peer_costs_no_other() -> None:
         ({"peer_ips": "192.0.2.1,192.0.2.2", "peer_asns": "1"}, "needed 2 items"),
         ({"node_bgp_communities": "70000:1"}, "community"),
         ({"node_bgp_customimportreject": "10.0.0.0/99"}, "CIDR"),
-        ({"rr_server": "0"}, "needed 1.."),
+        ({"rr_server": "0"}, "needed a number of 1.."),
     ],
 )
 def test_what_cannot_be_read_is_named(annotations: dict[str, str], said: str) -> None:
@@ -190,3 +191,44 @@ def test_all_keys_of_a_global_peer() -> None:
             {"address": "192.0.2.1", "asn": "1", "multihop": "2", "ttlSecurity": "yes"},
             encoded=False,
         )
+
+
+def test_aliases_are_not_followed() -> None:
+    """Eight lines of them would stand for a list of a hundred million."""
+    levels = ["- &a0 [x]"]
+    levels += [f"- &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    text = "\n".join([*levels, "- {address: 10.0.0.1, asn: 1, communities: [*a8]}"])
+    bgp, problems = of(peers=text)
+    assert bgp.peers == ()
+    assert problems == ("kube-router.io/peers: needed YAML without aliases",)
+
+
+@pytest.mark.parametrize(
+    "item", ["{password:c2VjcmV0: x}", "{address: 10.0.0.1, asn: 1, port: 99991}"]
+)
+def test_no_value_is_ever_told(item: str) -> None:
+    _, problems = of(peers=f"[{item}]")
+    assert len(problems) == 1
+    assert "c2VjcmV0" not in problems[0]
+    assert "99991" not in problems[0]
+
+
+def test_a_nodes_repr_tells_no_annotation() -> None:
+    made = Node(name="n1", annotations=(("kube-router.io/peer.passwords", ENCODED),))
+    assert ENCODED not in repr((made,))
+    assert ENCODED not in f"{made}"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "address: 'fe80::1'",
+        "address: 255.255.255.255",
+        "address: 0.0.0.9",
+        "address: 10.0.0.1, holdSeconds: 9, keepaliveSeconds: 10",
+    ],
+)
+def test_what_bird_would_refuse_is_refused_here(more: str) -> None:
+    bgp, problems = of(peers=f"[{{asn: 65001, {more}}}]")
+    assert bgp.peers == ()
+    assert len(problems) == 1

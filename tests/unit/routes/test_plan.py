@@ -6,7 +6,8 @@ import pytest
 
 from netpol.model.net import Family, Prefix, parse_address, parse_prefix
 from netpol.model.objects import Node
-from routes.options import ExternalPeer, OverlayMode, RouteOptions
+from routes.bird.render import render
+from routes.options import ExternalPeer, ImportPolicy, OverlayMode, RouteOptions
 from routes.plan import RoutePlan, plan, tunnel_link_local, vxlan_mac
 
 
@@ -185,7 +186,7 @@ def test_what_nobody_outside_may_announce() -> None:
         *("10.96.0.0/12", "10.0.2.0/24", "10.1.2.0/24", "10.0.1.2/32", "192.0.2.1/32"),
         *("203.0.113.7/32", "127.0.0.0/8", "fe80::/10", "fd00:1::2/128", "ff00::/8"),
     ):
-        assert parse_prefix(text) in made.protected, text
+        assert any(p.covers(parse_prefix(text)) for p in made.protected), text
     assert Prefix(bytes(10) + b"\xff\xff" + bytes(4), 96) in made.protected
 
 
@@ -237,3 +238,114 @@ def test_a_session_takes_a_family_that_both_ends_have() -> None:
     assert alone.addresses == {Family.V6: parse_address("fd00:1::6")}
     assert {p.node for p in alone.peers} == {"n1"}
     assert alone.problems == ("node four has no address of a family that this node has",)
+
+
+# -- what nodes may not take from each other ------------------------------------------------------
+
+OLD = "2026-01-01T00:00:00Z"
+YOUNG = "2026-02-01T00:00:00Z"
+
+
+@pytest.mark.parametrize(
+    "address", ["::", "fe80::9", "127.0.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255", "ff02::1"]
+)
+def test_an_address_that_is_nobodys_is_left_out(address: str) -> None:
+    """BIRD refuses a whole configuration for one of them, on every node."""
+    made = plan([N1, node("n2", address, pods="10.1.2.0/24")], "n1", RouteOptions())
+    assert made.peers == ()
+    assert "is no address of a node" in made.problems[0]
+
+
+def test_an_address_of_two_nodes_is_the_older_ones() -> None:
+    old = node("z", "10.0.1.9", pods="10.1.9.0/24", created=OLD)
+    thief = node("a", "10.0.1.9", "fd00:1::7", pods="10.1.7.0/24", created=YOUNG)
+    made = plan([N1, old, thief], "n1", RouteOptions(overlay=OverlayMode.ALWAYS))
+    assert {p.node: p.address for p in made.peers} == {
+        "z": parse_address("10.0.1.9"),
+        "a": parse_address("fd00:1::7"),
+    }
+    assert [t.node for t in made.tunnels if t.address == parse_address("10.0.1.9")] == ["z"]
+    assert made.problems == ("node a: 10.0.1.9 is the address of node z",)
+
+
+def test_a_node_keeps_its_own_address_whoever_is_older() -> None:
+    mine = node("n1", "10.0.1.1", created=YOUNG)
+    made = plan([mine, node("n2", "10.0.1.1", created=OLD)], "n1", RouteOptions())
+    assert made.addresses == {Family.V4: parse_address("10.0.1.1")}
+    assert made.peers == ()
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ("10.0.1.1/32", "10.0.1.1 of node n1"),
+        ("10.0.1.0/30", "10.0.1.1 of node n1"),
+        ("10.0.0.0/16", "the subnet 10.0.1.0/24"),
+        ("10.96.0.0/24", "the Service range 10.96.0.0/12"),
+        ("10.0.0.0/7", "the Service range"),
+    ],
+)
+def test_a_pod_range_that_holds_what_nodes_live_on_is_nobodys(block: str, said: str) -> None:
+    options = RouteOptions(subnets=SUBNETS, service_cidrs=(parse_prefix("10.96.0.0/12"),))
+    rogue = node("rogue", "10.0.1.8", pods=block, created=OLD)
+    made = plan([N1, N3, rogue], "n1", options)
+    assert peers(made)["rogue"] == ()
+    assert said in made.problems[0]
+
+
+def test_a_pod_range_inside_the_nodes_subnet_is_fine() -> None:
+    lan = node("n2", "10.0.1.2", pods="10.0.1.128/25")
+    made = plan([N1, lan], "n1", RouteOptions(subnets=SUBNETS))
+    assert peers(made) == {"n2": ("10.0.1.128/25",)}
+    assert made.problems == ()
+
+
+def test_an_address_named_inside_somebodys_pods_takes_nothing_away() -> None:
+    """A kubelet writes its own addresses: one of somebody's pods is no node's, whoever is older."""
+    rogue = node("rogue", "10.1.2.7", pods="10.1.8.0/24", created=OLD)
+    two = node("n2", "10.0.1.2", pods="10.1.2.0/24", created=OLD)
+    made = plan([N1, two, rogue], "n1", RouteOptions(subnets=SUBNETS))
+    assert peers(made)["n2"] == ("10.1.2.0/24",)
+
+
+# -- routers outside ------------------------------------------------------------------------------
+
+
+def test_what_the_node_rejects_is_rejected_of_global_peers_too() -> None:
+    bad = parse_prefix("198.51.100.0/24")
+    mine = node("n1", "10.0.1.1", node_bgp_customimportreject=str(bad))
+    peer = ExternalPeer(parse_address("192.0.2.1"), 65010)
+    made = plan([mine], "n1", RouteOptions(peers=(peer,)))
+    assert made.external[0].imports.reject == (bad,)
+
+
+def test_a_node_of_the_mesh_is_no_router_outside() -> None:
+    peer = ExternalPeer(parse_address("10.0.1.2"), 65010)
+    two = node("n2", "10.0.1.2", pods="10.1.2.0/24")
+    made = plan([N1, two], "n1", RouteOptions(peers=(peer,)))
+    assert made.external == ()
+    assert "this is node n2" in made.problems[0]
+    assert plan([N1, two], "n1", RouteOptions(peers=(peer,), mesh=False)).external == (peer,)
+
+
+def test_a_service_cannot_have_a_routers_address_announced() -> None:
+    peer = ExternalPeer(parse_address("192.0.2.1"), 65010)
+    vips = [parse_prefix(f"{a}/32") for a in ("192.0.2.1", "255.255.255.255", "203.0.113.7")]
+    made = plan([N1], "n1", RouteOptions(peers=(peer,)), vips=vips)
+    assert made.vips == (parse_prefix("203.0.113.7/32"),)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_every_address_of_a_service_is_protected_where_something_is_learnt(*, learns: bool) -> None:
+    peer = ExternalPeer(parse_address("192.0.2.1"), 65010, imports=ImportPolicy(enabled=learns))
+    service = parse_prefix("203.0.113.7/32")
+    made = plan([N1], "n1", RouteOptions(peers=(peer,)), services=[service])
+    assert (service in made.protected) is learns
+
+
+def test_a_reflector_gives_each_node_its_own_alone() -> None:
+    """A client that announces another's range has itself as the next hop, and is not followed."""
+    peer = ExternalPeer(parse_address("10.0.1.254"), 64512, reflector=True)
+    text = render(plan([N1, N2, N3], "n1", RouteOptions(peers=(peer,), mesh=False)))
+    assert "    10.0.1.2 : if net ~ [ 10.1.2.0/24 ] then accept;" in text
+    assert "10.1.1.0/24 ] then accept" not in text
