@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from netpol.ctl.cleanup_proxy import LEDGER_FILE, delete_servers, ledger_servers
+from netpol.ctl.cleanup_proxy import LEDGER_FILE, delete_servers, read_ledger
 from netpol.ctl.output import emit, plural
 from netpol.lib.errors import NetpolError, NoAnswerError
 
@@ -67,7 +67,7 @@ def _clean_servers(on_link: frozenset[bytes], run_dir: Path, left: list[str]) ->
     from netpol.kernel.ipvs_table import NetlinkIpvs
     from netpol.kernel.links import own_addresses
 
-    ours = ledger_servers(run_dir / LEDGER_FILE, left)
+    ours = read_ledger(run_dir / LEDGER_FILE, left).ours
     where = on_link | frozenset(own_addresses())
     ipvs = NetlinkIpvs()
     try:

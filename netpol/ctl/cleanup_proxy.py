@@ -1,18 +1,22 @@
 """The service proxy's part of `netpol-ctl cleanup`: servers of IPVS, the dummy link, kernel settings.
 
-Ours is what the agent's rule says is ours: what stands on our link, and what the ledger names. Where IPVS is
-not loaded there is nothing of it, and it is not loaded to look.
+Ours is what the agent's rule says is ours (`proxy.ledger`): what the ledger names, and what stands on our
+link and is not somebody else's. Where IPVS is not loaded nothing of it is there; it is not loaded to look.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from netpol.kernel.drivers import IpvsDriver
 from netpol.kernel.kept_sysctls import FILE as SYSCTLS_FILE
 from netpol.kernel.kept_sysctls import restore_sysctls
 from netpol.lib.errors import NetpolError
 from netpol.model.ipvs import DeleteServer, ServerId
+
+if TYPE_CHECKING:
+    from proxy.ledger import Ledger
 
 #: As the agent names it in its run folder.
 LEDGER_FILE = "ipvs.ledger"
@@ -58,15 +62,14 @@ def _clean_link(left: list[str]) -> int:
 
 
 def _clean_servers(ledger_file: Path, on_link: frozenset[bytes], left: list[str]) -> int:
-    named = ledger_servers(ledger_file, left)
+    ledger = read_ledger(ledger_file, left)
     count = 0
     if _IPVS.exists():
         from netpol.kernel.ipvs_table import NetlinkIpvs
 
         ipvs = NetlinkIpvs()
         try:
-            ours = [i for i in ipvs.dump() if i in named or i.address in on_link]
-            count = delete_servers(ipvs, ours, left)
+            count = delete_ours(ipvs, ledger, on_link, left)
         except NetpolError as e:
             left.append(str(e))
         finally:
@@ -76,17 +79,24 @@ def _clean_servers(ledger_file: Path, on_link: frozenset[bytes], left: list[str]
     return count
 
 
-def ledger_servers(ledger_file: Path, left: list[str]) -> frozenset[ServerId]:
-    """The servers that the ledger names as ours."""
-    from proxy.ledger import parse
+def read_ledger(ledger_file: Path, left: list[str]) -> Ledger:
+    """What the agent knew of whose servers are."""
+    from proxy.ledger import Ledger, parse
 
     try:
-        return frozenset(parse(ledger_file.read_bytes()).ours)
+        return parse(ledger_file.read_bytes())
     except FileNotFoundError:
-        return frozenset()
+        return Ledger()
     except (OSError, ValueError) as e:
         left.append(f"{ledger_file}: {e}: only servers on our own link were removed")
-        return frozenset()
+        return Ledger()
+
+
+def delete_ours(
+    ipvs: IpvsDriver, ledger: Ledger, on_link: frozenset[bytes], left: list[str]
+) -> int:
+    """Delete the servers that are ours, by the agent's own rule; returns how many went."""
+    return delete_servers(ipvs, [i for i in ipvs.dump() if ledger.owns(i, on_link)], left)
 
 
 def delete_servers(ipvs: IpvsDriver, servers: list[ServerId], left: list[str]) -> int:

@@ -10,7 +10,7 @@ plan is a `reconcile`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from netpol.enforce.kernel_state import KernelDump
@@ -27,12 +27,18 @@ from netpol.enforce.plan import (
     set_changes,
     set_differences,
 )
-from netpol.enforce.podsets import At, new_holders, pod_entries
+from netpol.enforce.podsets import (
+    At,
+    changed_entries,
+    new_holders,
+    pod_entries,
+    strangers_of,
+)
 from netpol.enforce.refusal import Refusals, withhold
 from netpol.enforce.two_tables import filter_first, rest_last, table_differences
 from netpol.kernel.drivers import HookState, SetDump, TableDump, TableTransaction
 from netpol.model.ids import ChainName, Direction, SetName
-from netpol.model.net import FAMILIES, Family, family_of
+from netpol.model.net import FAMILIES, Family, Prefix, family_of
 from netpol.model.ruleset import AddressPort, Chain, Members, Ruleset, SetSpec
 from netpol.policy.graph import ClassKey, Graph, GraphDelta, LocalPod
 from netpol.render import classes, names, policies, reject, static
@@ -45,7 +51,7 @@ from netpol.render.node import (
     render_graph,
     set_parts,
 )
-from netpol.render.options import UNKNOWN, DenyWith, RenderOptions
+from netpol.render.options import NONE, OPEN, UNKNOWN, DenyWith, RenderOptions
 
 #: A chain that the kernel does not have, unlike any chain that it has.
 _ABSENT: object = object()
@@ -92,11 +98,16 @@ class Dataplane:
         # a class in the middle of the change would be found by neither way.
         self._over: set[ClassKey] = set()
         self._extra_chains = False
+        # Addresses, as host prefixes, whose entries were of others than have them now.
+        self._strangers: set[Prefix] = set()
+        self._knows_holders = False
         self.refusals = Refusals()
         # What the other setting of `deny_with` left behind.
         self._rest: tuple[TableTransaction, ...] = ()
         #: Why denied packets are dropped although they should be answered; "" while that works.
         self.reject_fault = ""
+        #: Why filter was not written; then this agent does not try again.
+        self.filter_refused = ""
 
     # -- everything -------------------------------------------------------------------------
 
@@ -104,6 +115,9 @@ class Dataplane:
         """What brings the kernel, as dumped, to what the graph says (which was flushed before)."""
         self._choose_ending(dump)
         self._adopt(dump)
+        strangers = strangers_of(self.graph.local_pods.values(), self._applied.holders)
+        # A new agent does not know whose entries it finds: they may be of the pods that it knows.
+        self._strangers = strangers if self._knows_holders else set()
         used = classes_in_use(self.graph)
         self._over &= set(used)
         for key in used:
@@ -126,27 +140,38 @@ class Dataplane:
         self._rest = ()
         tables = {f: self._table_change(desired, dump, f) for f in FAMILIES}
         chains = {f: {**dump.tables[f].chains, **desired.rulesets[f].chains} for f in FAMILIES}
-        entries: dict[MapEntry, tuple[int, int]] = {
-            (change.spec.name, m): (have[m] or 0, v or 0)
-            for change in changes
-            if change.spec.name in MAPS and change.spec.name in dump.sets
-            for have in (dump.sets[change.spec.name].members,)
-            for m, v in change.add.items()
-            if m in have
-        }
+        entries, recreated = changed_entries(changes, dump.sets, self._strangers)
         moved = self._moves(entries, chains)
         self._remember(desired, dump)
         return assemble(
-            sets=changes, tables=tables, moved=moved, held_mark=self.options.mark(UNKNOWN)
+            sets=changes,
+            tables=tables,
+            moved=moved,
+            recreated=recreated,
+            strangers=strangers,
+            held_mark=self.options.mark(UNKNOWN),
+            open_marks=self._open_marks,
         )
+
+    @property
+    def _open_marks(self) -> tuple[int, ...]:
+        return self.options.mark(NONE), self.options.mark(OPEN)
 
     def _choose_ending(self, dump: KernelDump) -> None:
         """Where filter cannot be read, nothing relies on it, until the next time."""
         if self.options.rejects or self.reject_fault:
-            faults = [str(e) for e in dump.filter_faults.values()]
+            faults = [*map(str, dump.filter_faults.values()), self.filter_refused]
+            faults = [f for f in faults if f]
             self.reject_fault = faults[0] if faults else ""
             ending = DenyWith.DROP if faults else DenyWith.REJECT
             self.options = replace(self.options, deny_with=ending)
+
+    def do_without_answers(self, why: str) -> bool:
+        """Filter refused what answers denied packets; False where nothing is to be answered."""
+        if not self.options.rejects:
+            return False
+        self.filter_refused = why
+        return True
 
     def _withhold(self, desired: Desired, dump: KernelDump) -> None:
         """Adapt a rendered state to what is in the kernel and must stay for now."""
@@ -155,6 +180,7 @@ class Dataplane:
             chains = self._with_trees(desired.rulesets[family].chains, family)
             desired.rulesets[family] = replace(desired.rulesets[family], chains=chains)
         if not self.refusals:
+            self.refusals.peers.clear()
             return
         blocked = withhold(
             desired,
@@ -163,6 +189,7 @@ class Dataplane:
             sets=dump.sets,
             tables={f: t for f, t in dump.tables.items() if f not in dump.failed},
             options=self.options,
+            strangers=self._strangers,
         )
         self.numbers.release(blocked)
         for key, family in itertools.product(blocked - self._over, FAMILIES):
@@ -223,6 +250,7 @@ class Dataplane:
         self._applied.holders = {
             a: p.uid for p in self.graph.local_pods.values() for a in p.addresses
         }
+        self._knows_holders = True
 
     # -- one delta --------------------------------------------------------------------------
 
@@ -262,6 +290,7 @@ class Dataplane:
             moved=self._moves(entries, self._applied.chains),
             recreated=frozenset(recreated),
             held_mark=self.options.mark(UNKNOWN),
+            open_marks=self._open_marks,
             crossing=crosses(delta, self.graph.active_policies.values()),
         )
 
@@ -395,10 +424,12 @@ class Dataplane:
 
     # -- garbage ----------------------------------------------------------------------------
 
-    def collect(self) -> Plan:
+    def collect(self, *, without: Collection[Family] = ()) -> Plan:
         """What removes everything that nothing leads to; records it as done.
 
-        Not while a policy is refused: what it had last is still in use.
+        Not while a policy is refused: what it had last is still in use. Families in `without` are down:
+        theirs goes when they are back. A number that is reused may mean another class there: what the
+        families disagree about is sorted out when they are (see `numbers`).
         """
         rest, self._rest = self._rest, ()
         if self.refusals:
@@ -434,11 +465,13 @@ class Dataplane:
         keep = net_sets | set(MAPS)
         if self.options.ipvs_services is not None:
             keep |= {names.ipvs_set(f) for f in FAMILIES}
+        keep |= {s.name for f in FAMILIES for s, _ in static.answer_sets(self.options, f)}
         keep |= {names.member_set(k, f) for k in self.graph.members.active() for f in FAMILIES}
         keep |= {names.overflow_set(k, f) for k in self._overflow() for f in FAMILIES}
-        gone = sorted(self._applied.sets - keep)
+        extra = self._applied.sets - keep
+        gone = sorted(n for n in extra if names.family_of_set(n) not in without)
         self._applied.sets -= set(gone)
-        self._stale -= set(gone)
+        self._stale -= extra
         plan = garbage(chains=doomed, replace=replace, sets=gone)
         return Plan((*rest, *plan.steps))
 

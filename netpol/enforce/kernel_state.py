@@ -6,6 +6,7 @@ written for itself: what fails of one is said of that one, and the other goes on
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -132,8 +133,8 @@ def attempt(
 ) -> dict[Family, StepError]:
     """Apply a plan, each family as far as it goes (blocking).
 
-    Of the families in `skip`, only addresses that leave are taken away, if that is possible. Returns
-    which of the others stopped, and where; their steps before it stay applied.
+    Of the families in `skip`, only what can only deny more is done (`Plan.leaving`, `Plan.behind`), as far
+    as that is possible. Returns which of the others stopped, and where; their steps before it stay applied.
     """
     stopped: dict[Family, StepError] = {}
     for number, step in enumerate(plan.steps):
@@ -148,6 +149,10 @@ def attempt(
         except DRIVER_ERRORS as e:
             stopped[family] = StepError(step, e)
             stopped[family].__cause__ = e
+    for op in (op for family in skip for op in plan.behind.get(family, ())):
+        # Each for itself: what is missing there is no worse than it was.
+        with contextlib.suppress(*DRIVER_ERRORS):
+            sets.apply(SetTransaction((op,)))
     return {f: error for f, error in stopped.items() if f not in skip}
 
 

@@ -8,8 +8,9 @@ pod ranges a state file tells, so that a node that boots without its API server 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from netpol.kernel.marks import conflict, mark_uses
 from netpol.kernel.sysctl import keep_bridge_nf
 from netpol.lib.errors import InputError
 from netpol.model.net import Prefix, parse_prefix
-from netpol.render.options import DenyWith, RenderOptions
+from netpol.model.ruleset import AddressPort
+from netpol.render.options import AnswerLink, DenyWith, RenderOptions
 
 _log = structlog.get_logger(__name__)
 
@@ -56,6 +58,8 @@ class NodeFacts:
         self._mark_fault = ""
         self._ipvs = IpvsWatch(marks_are_ours=settings.proxy)
         self._monitor: AddressMonitor | None = None
+        self._hasten = asyncio.Event()
+        self._direct: tuple[tuple[AddressPort, ...], tuple[AnswerLink, ...]] = ((), ())
 
     def prepare(self) -> None:
         """Read everything once, before the first rule.
@@ -117,12 +121,19 @@ class NodeFacts:
             hold_ranges=self.hold_ranges(),
             own_addresses=self._addresses,
             ipvs_services=None if served is None else served.services,
+            direct_ports=self._direct[0],
+            direct_links=self._direct[1],
             deny_with=DenyWith(s.deny_with),
         )
 
     async def watch_ipvs(self, changed: Callable[[], None]) -> None:
         """Mark when IPVS serves something else; until cancelled."""
         await self._ipvs.watch(changed)
+
+    def answer_from(self, ports: Iterable[AddressPort], links: Iterable[AnswerLink]) -> bool:
+        """Pods of this node answer with Services' addresses: which, and where; whether that is new."""
+        before, self._direct = self._direct, (tuple(sorted(ports)), tuple(sorted(links)))
+        return self._direct != before
 
     def _interfaces(self) -> tuple[str, ...]:
         return self._settings.pod_interfaces or self._network.interfaces
@@ -135,6 +146,10 @@ class NodeFacts:
     def addresses(self) -> tuple[bytes, ...]:
         """The node's own addresses."""
         return self._addresses
+
+    def hasten(self) -> None:
+        """The CNI configuration was written by this agent: look at it before the first pod comes."""
+        self._hasten.set()
 
     def hasten_ipvs(self) -> None:
         """IPVS was changed by this agent: look at it at once."""
@@ -155,6 +170,7 @@ class NodeFacts:
         asyncio.get_running_loop().add_reader(
             self._monitor.fileno(), self._address_event, self._monitor, changed
         )
+        self._renew_addresses(changed)  # of what came before the monitor nobody tells
         turn = 1
         while True:
             before = self.options(), self.pod_ranges()
@@ -165,11 +181,15 @@ class NodeFacts:
             if turn % MARKS_EVERY_TURNS == 0:
                 self._mark_fault = await asyncio.to_thread(self._mark_conflict)
             turn += 1
-            await asyncio.sleep(LOOK_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hasten.wait(), LOOK_EVERY_S)
+            self._hasten.clear()
 
     def _address_event(self, monitor: AddressMonitor, changed: Callable[[], None]) -> None:
-        if not monitor.drain():
-            return
+        if monitor.drain():
+            self._renew_addresses(changed)
+
+    def _renew_addresses(self, changed: Callable[[], None]) -> None:
         now = own_addresses()
         if now != self._addresses:
             self._addresses = now

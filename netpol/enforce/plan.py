@@ -18,12 +18,12 @@ What nothing leads to any more (chains, sets, numbers) goes later, in a transact
 The order holds within each family, since a packet meets the sets and the table of its own family alone.
 So every step is of one family, and one whose table refuses holds up nothing of the other. Only 1 comes
 first for both: it takes away, and is done even for a family that is left out (an address must not hand
-its old class to the next pod).
+its old class to the next pod). So are the parts of the others that can only deny more: see `Plan.behind`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from netpol.enforce.moves import Move
@@ -57,11 +57,14 @@ MapEntry = tuple[SetName, Member]
 class Plan:
     """Steps to apply in order, each of one family; stopping a family after any of its own is safe.
 
-    `leaving` says how many of them, from the first, only take entries of leaving addresses away.
+    `leaving` says how many of them, from the first, only take entries of leaving addresses away. `behind`
+    is what a family gets that is left out, or stopped: members go, and addresses are held that no entry
+    tells of, or only that of another pod.
     """
 
     steps: tuple[Step, ...] = ()
     leaving: int = 0
+    behind: Mapping[Family, tuple[SetOp, ...]] = field(default_factory=dict)
 
     @property
     def touches_tables(self) -> bool:
@@ -101,6 +104,7 @@ class _SetOps:
     loosen: list[SetOp] = field(default_factory=list)
     late: list[SetOp] = field(default_factory=list)
     appear: list[SetOp] = field(default_factory=list)
+    behind: list[SetOp] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -122,7 +126,9 @@ def assemble(
     tables: Mapping[Family, TableChange],
     moved: Mapping[MapEntry, Move],
     recreated: frozenset[Prefix] = frozenset(),
+    strangers: Collection[Prefix] = frozenset(),
     held_mark: int = 0,
+    open_marks: Collection[int] = (),
     crossing: bool = False,
 ) -> Plan:
     """Put changes in order.
@@ -132,7 +138,10 @@ def assemble(
         tables: changes of tables.
         moved: map entries that exist and change, and how.
         recreated: host prefixes that another pod holds now: they are held, then appear.
+        strangers: host prefixes whose entry may be of another pod than the one that has it now; it
+            changes like any other, but does not stay where a family is left out.
         held_mark: the mark of a held address.
+        open_marks: marks of addresses that nothing isolates.
         crossing: members that a set gains wait until all sets have lost theirs (see `moves.crosses`).
     """
     by_family = {f: _SetOps() for f in FAMILIES}
@@ -162,19 +171,25 @@ def assemble(
             fresh = {m: v for m, v in item.add.items() if m not in how}
             if fresh:
                 ops.appear.append(AddMembers(spec, fresh))
+            held: Members = {m: held_mark for m, v in fresh.items() if v not in open_marks}
+            unsure: Members = {m: held_mark for m in how if m in strangers}
+            if held or unsure:
+                ops.behind.append(AddMembers(spec, {**held, **unsure}))
             continue
+        if item.delete:
+            ops.behind.append(DeleteMembers(spec, item.delete))
         if item.fresh:
             if item.delete:
                 ops.early.append(DeleteMembers(spec, item.delete))
             if item.add:
                 ops.early.append(AddMembers(spec, item.add))
             continue
-        held = {m: v for m, v in item.add.items() if crossing or address_of(spec, m) in moving}
-        at_once = {m: v for m, v in item.add.items() if m not in held}
+        late = {m: v for m, v in item.add.items() if crossing or address_of(spec, m) in moving}
+        at_once = {m: v for m, v in item.add.items() if m not in late}
         if at_once:
             ops.early.append(AddMembers(spec, at_once))
-        if held:
-            ops.late.append(AddMembers(spec, held))
+        if late:
+            ops.late.append(AddMembers(spec, late))
         if item.delete:
             ops.remove.append(DeleteMembers(spec, item.delete))
     steps: list[Step] = []
@@ -202,7 +217,7 @@ def assemble(
                 )
             )
         put(ops.remove, ops.tighten, ops.loosen, ops.late, ops.appear)
-    return Plan(tuple(steps), leaving)
+    return Plan(tuple(steps), leaving, {f: tuple(ops.behind) for f, ops in by_family.items()})
 
 
 def address_of(spec: SetSpec, member: Member) -> bytes | None:

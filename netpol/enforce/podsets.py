@@ -5,12 +5,14 @@ Which of these changes come first is decided in `plan`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from netpol.enforce.plan import MAPS, MapEntry, SetChange
-from netpol.model.net import FAMILIES, Prefix
+from netpol.kernel.drivers import SetDump
+from netpol.model.ids import SetName
+from netpol.model.net import FAMILIES, Prefix, host_prefix
 from netpol.model.ruleset import Member, SetSpec
-from netpol.policy.graph import ClassKey, GraphDelta
+from netpol.policy.graph import ClassKey, GraphDelta, LocalPod
 from netpol.render import classes
 from netpol.render.options import RenderOptions
 
@@ -88,3 +90,37 @@ def new_holders(delta: GraphDelta, holders: dict[bytes, str]) -> set[Prefix]:
             if address in given_up and not same:
                 recreated.add(Prefix(address, len(address) * 8))
     return recreated
+
+
+def changed_entries(
+    changes: Iterable[SetChange], have: Mapping[SetName, SetDump], strangers: Collection[Prefix]
+) -> tuple[dict[MapEntry, tuple[int, int]], frozenset[Prefix]]:
+    """What becomes of the entries of class maps that the kernel has.
+
+    Returns:
+        Those that change, with their marks before and after; and the strangers among their addresses, who
+        are not in the first.
+    """
+    moved: dict[MapEntry, tuple[int, int]] = {}
+    recreated: set[Prefix] = set()
+    for change in changes:
+        name = change.spec.name
+        if name not in MAPS or name not in have:
+            continue
+        marks = have[name].members
+        for member in change.add.keys() & marks.keys():
+            if isinstance(member, Prefix) and member in strangers:
+                recreated.add(member)
+            else:
+                moved[name, member] = (marks[member] or 0, change.add[member] or 0)
+    return moved, frozenset(recreated)
+
+
+def strangers_of(pods: Iterable[LocalPod], holders: Mapping[bytes, str]) -> set[Prefix]:
+    """Addresses, as host prefixes, that these pods were not known to have."""
+    return {
+        host_prefix(address)
+        for pod in pods
+        for address in pod.addresses
+        if holders.get(address) != pod.uid
+    }

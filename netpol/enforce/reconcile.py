@@ -7,6 +7,7 @@ which it takes nothing. When a run ends, everything else is in force. When runs 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import structlog
@@ -22,10 +23,17 @@ from netpol.enforce.kernel_state import (
 )
 from netpol.enforce.plan import Plan
 from netpol.enforce.refusal import Search
-from netpol.kernel.drivers import SetDriver, SetError, TableDriver, TableError
+from netpol.kernel.drivers import (
+    SetDriver,
+    SetError,
+    TableDriver,
+    TableError,
+    TableTransaction,
+)
 from netpol.lib.errors import InputError, KernelError
 from netpol.model.net import FAMILIES, Family
 from netpol.policy.graph import PolicyId
+from netpol.render import reject
 
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
@@ -92,6 +100,8 @@ class Reconciler:
                     continue
                 if not search.took(f for f in FAMILIES if f not in failed):
                     self._dataplane.refusals.retried.clear()
+                    if errors:  # those that stopped are left out from here on
+                        await self._attempt(replace(plan, steps=()), errors)
                     return failed
         finally:
             search.end()
@@ -122,7 +132,10 @@ class Reconciler:
         """Leave out whose fault an error is: policies, or for now (then False) the family."""
         refusals, active = self._dataplane.refusals, self._dataplane.graph.active_policies
         error, family, known = stopped.error, stopped.family, set(refusals.policies)
-        if isinstance(error, SetError):
+        if _is_of_filter(stopped):
+            # An answer is not worth a verdict: drop from the next round on.
+            guilty = self._dataplane.do_without_answers(str(error))
+        elif isinstance(error, SetError):
             # What is left out already cannot be left out once more.
             guilty = refusals.blame_set(error, active) and refusals.withheld > withheld
         else:
@@ -142,3 +155,10 @@ class Reconciler:
         options, family = self._dataplane.options, stopped.family
         broken = await self._kernel(lambda: refuses_everything(self._tables, family, options))
         return broken is None
+
+
+def _is_of_filter(stopped: StepError) -> bool:
+    """Whether filter refused something for good."""
+    step, error = stopped.step, stopped.error
+    passes = isinstance(error, TableError) and error.retryable
+    return isinstance(step, TableTransaction) and step.table == reject.TABLE and not passes

@@ -10,13 +10,15 @@ Where an error names nobody, `Search` finds out who it is. What each of its trie
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from netpol.enforce.plan import address_of
 from netpol.kernel.drivers import SetDump, SetError, TableDump, TableError, TableTransaction
 from netpol.kernel.table_text import transaction_text
 from netpol.model.ids import ChainName, Direction, ObjectKey, SetName
-from netpol.model.net import FAMILIES, Family, host_prefix
+from netpol.model.net import FAMILIES, Family, Prefix, host_prefix
+from netpol.model.objects import Endpoint
 from netpol.model.policy import CompiledPolicy
 from netpol.model.ruleset import Rule, Ruleset
 from netpol.policy.graph import ClassKey, Graph, PolicyId, sets_of
@@ -39,12 +41,14 @@ class Refusals:
         sets: sets that failed, with the reason.
         waiting: policies that wait for their turn while a search is under way.
         retried: those that are tried again; refused for all that anybody knows, until that is done.
+        peers: who had which address in the sets of what is kept, when that was seen first.
     """
 
     policies: dict[PolicyId, tuple[CompiledPolicy, str]] = field(default_factory=dict)
     sets: dict[SetName, str] = field(default_factory=dict)
     waiting: list[PolicyId] = field(default_factory=list)
     retried: dict[PolicyId, tuple[CompiledPolicy, str]] = field(default_factory=dict)
+    peers: dict[bytes, Endpoint | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.policies or self.waiting)
@@ -188,16 +192,28 @@ def withhold(
     sets: Mapping[SetName, SetDump],
     tables: Mapping[Family, TableDump],
     options: RenderOptions,
+    strangers: Collection[Prefix] = (),
 ) -> set[ClassKey]:
     """Take what is refused out of a desired state, in favour of what is in the kernel.
 
-    `tables` are those of the families that are read and written at all.
+    Args:
+        desired: the state; changed.
+        refusals: what is refused.
+        graph: who is who.
+        sets: what the kernel has.
+        tables: of the families that are read and written at all.
+        options: how entries are rendered.
+        strangers: host prefixes whose entries are of other pods than those that have them now.
 
     Returns:
         The classes that no pod may move to.
     """
     for name in refusals.sets:
-        desired.sets.pop(name, None)
+        spec_and_members = desired.sets.pop(name, None)
+        if spec_and_members is not None and name in sets:
+            # What it has too much can go, whatever it does not take.
+            spec, want = spec_and_members
+            desired.sets[name] = spec, {m: v for m, v in sets[name].members.items() if m in want}
     withheld = refusals.withheld
     blocked = _blocked(withheld, graph, tables)
     for family, dump in tables.items():
@@ -213,8 +229,33 @@ def withhold(
         for key in blocked:
             chains.pop(names.class_chain(key), None)
         desired.rulesets[family] = Ruleset(chains, desired.rulesets[family].hooks)
-    _keep_entries(desired, blocked, graph=graph, sets=sets, options=options)
+    _forget_peers(desired, refusals, graph=graph, sets=sets)
+    _keep_entries(desired, blocked, graph=graph, sets=sets, options=options, strangers=strangers)
     return blocked
+
+
+def _forget_peers(
+    desired: Desired, refusals: Refusals, *, graph: Graph, sets: Mapping[SetName, SetDump]
+) -> None:
+    """Take out of the sets of kept rules whoever is not who was meant.
+
+    Nobody knows any more what those sets select. But an address that has another pod now, or one with other
+    labels, is not what was applied.
+    """
+    for name, dump in sets.items():
+        if name in desired.sets or names.is_overflow_set(name):
+            continue
+        kept = dict(dump.members)
+        for member in dump.members:
+            address = address_of(dump.spec, member)
+            if address is None:
+                continue
+            owner = graph.members.owner(address)
+            meant = refusals.peers.setdefault(address, owner)
+            if owner is not None and owner != meant:
+                del kept[member]
+        if len(kept) != len(dump.members):
+            desired.sets[name] = dump.spec, kept
 
 
 def _blocked(
@@ -242,6 +283,7 @@ def _keep_entries(
     graph: Graph,
     sets: Mapping[SetName, SetDump],
     options: RenderOptions,
+    strangers: Collection[Prefix],
 ) -> None:
     for pod in graph.local_pods.values():
         for direction in Direction:
@@ -251,6 +293,8 @@ def _keep_entries(
                 entry = host_prefix(address)
                 name = names.class_map(direction, entry.family)
                 have = sets[name].members.get(entry) if name in sets else None
+                if entry in strangers:
+                    have = None
                 spec, members = desired.sets[name]
                 mark = options.mark(UNKNOWN) if have is None else have
                 desired.sets[name] = spec, {**members, entry: mark}

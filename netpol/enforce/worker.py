@@ -33,6 +33,7 @@ from netpol.enforce.look import Look
 from netpol.enforce.plan import Plan
 from netpol.enforce.reconcile import Reconciler
 from netpol.enforce.room_status import RoomStatus
+from netpol.enforce.upkeep import Upkeep
 from netpol.kernel.drivers import SetDriver, TableDriver
 from netpol.lib.errors import InputError, KernelError, NetpolError
 from netpol.model.net import FAMILIES, Family
@@ -42,17 +43,10 @@ from netpol.render.options import RenderOptions
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-#: After a write the kernel is read back at growing intervals, since whoever undoes us does it soon.
-FIRST_CHECK_S = 0.05
-LAST_CHECK_S = 30.0
 #: Deltas that one run takes at most: pods, policies, and what came while a dump was awaited.
 FLUSHES_MAX = 6
-#: Quiet time before looks go into the members of sets; those before see tables only.
-MEMBERS_AFTER_S = 0.4
 #: How often the hold of a fresh node is tried, since another program may have the xtables lock.
 HOLD_TRIES, HOLD_RETRY_S = 4, 0.5
-#: Quiet time before garbage goes: what comes back within it costs nothing.
-GARBAGE_AFTER_S = 2.0
 #: A refused policy is tried again after this, by a look: not while there is other work.
 RETRY_REFUSED_S = 60.0
 
@@ -88,10 +82,12 @@ class PolicyRoom:
         )
         self._started = False
         self._told_at_s: float | None = None
+        # Nobody knows what the kernel has; and: somebody asked for a comparison that has not begun.
         self._dirty = True
+        self._resync = False
         self._serve_changed = False
         self._refused_since_s: float | None = None
-        self._check_after_s = FIRST_CHECK_S
+        self._upkeep = Upkeep()
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()  # one planner at a time: run, collect
         self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="look")
@@ -119,8 +115,8 @@ class PolicyRoom:
         self.runner.mark()
 
     def resync(self) -> None:
-        """Compare everything with the kernel at the next run."""
-        self._dirty = True
+        """Compare everything with the kernel in a run that begins from now on."""
+        self._resync = True
         if self._started:
             self.runner.mark()
 
@@ -196,8 +192,9 @@ class PolicyRoom:
         async with self._lock:
             generation, told_at_s = self.generation, self._told_at_s
             self._told_at_s = None
+            applies, reconciles = self.status.applies, self.status.reconciles
             # While something is refused, every run looks at everything: what is kept depends on it.
-            if self._dirty or self.dataplane.refusals or self._revival_due:
+            if self._must_reconcile:
                 await self._reconcile()
             else:
                 await self._changes()
@@ -212,12 +209,17 @@ class PolicyRoom:
             self._refused_since_s = None
         elif self._refused_since_s is None:
             self._refused_since_s = now_s
-        self._check_after_s = FIRST_CHECK_S
-        self._wake.set()
+        if reconciles != self.status.reconciles:
+            self._upkeep.compared(now_s)
+        if (applies, reconciles) != (self.status.applies, self.status.reconciles):
+            self._upkeep.wrote()
+            self._wake.set()
         self._tell_applied()
 
     async def _reconcile(self) -> None:
         self.status.reconciles += 1
+        # What is asked for, or changes, from here on is for the next run.
+        self._resync = False
         self._renew_options()
         self._dirty = True
         began_s = self._clock.monotonic()
@@ -238,8 +240,13 @@ class PolicyRoom:
         self._dirty = False
 
     @property
-    def _revival_due(self) -> bool:
-        return self._down.pause_s(self._clock.monotonic()) == 0
+    def _must_reconcile(self) -> bool:
+        revival_due = self._down.pause_s(self._clock.monotonic()) == 0
+        return self._unsure or bool(self.dataplane.refusals) or revival_due
+
+    @property
+    def _unsure(self) -> bool:
+        return self._dirty or self._resync
 
     async def _reviving(self) -> None:
         """Have families that are down tried again, each in its time."""
@@ -298,7 +305,7 @@ class PolicyRoom:
         return not stopped
 
     async def _attempt(self, plan: Plan, skip: Collection[Family]) -> dict[Family, StepError]:
-        if not plan.steps:
+        if not plan.steps and not any(plan.behind.get(f) for f in skip):
             return {}
         self.status.applies += 1
         self.status.table_transactions += plan.touches_tables
@@ -328,21 +335,32 @@ class PolicyRoom:
     async def _housekeeping(self) -> None:
         while True:
             self._wake.clear()
-            await self._pause(self._check_after_s)
+            await self._pause(self._upkeep.pause_s)
             never = self.status.applied_at_s is None
-            if self._wake.is_set() or never or self.runner.pending:
-                if never or self.runner.failures:
-                    await self._pause(1.0)
+            if never or self.runner.failures:
+                await self._pause(1.0)
                 continue
+            busy = self._wake.is_set() or self.runner.pending
             try:
-                await self._look()
+                await self._upkeep_turn(busy=busy)
             except Exception as e:  # noqa: BLE001 - a look that fails must not end the room
                 known = isinstance(e, NetpolError)
                 _log.warning(
                     "looking at the kernel failed", error=str(e), exc_info=None if known else e
                 )
                 self.resync()
-            self._check_after_s = min(self._check_after_s * 2, LAST_CHECK_S)
+            if not busy:
+                self._upkeep.looked()
+
+    async def _upkeep_turn(self, *, busy: bool) -> None:
+        """Remove garbage, or look; while the room is busy only if that has waited long enough."""
+        now_s = self._clock.monotonic()
+        if self._upkeep.must_collect(now_s, there_is=self.dataplane.has_garbage):
+            await self._collect()
+        elif not busy:
+            await self._look()
+        elif self._upkeep.must_compare(now_s):
+            self.resync()
 
     async def _pause(self, seconds: float | None, event: asyncio.Event | None = None) -> None:
         """Sleep, but not past an event (by default the next apply)."""
@@ -356,32 +374,27 @@ class PolicyRoom:
             await asyncio.gather(waiter, *timers, return_exceptions=True)
 
     async def _look(self) -> None:
-        if (
-            self._refused_since_s is not None
-            and self._clock.monotonic() - self._refused_since_s >= RETRY_REFUSED_S
-        ):
+        now_s = self._clock.monotonic()
+        if self._refused_since_s is not None and now_s - self._refused_since_s >= RETRY_REFUSED_S:
             self._refused_since_s = None
             self.dataplane.refusals.try_again()
             self.resync()
-            return
-        garbage = self.dataplane.has_garbage and not self._down
-        if garbage and self._check_after_s >= GARBAGE_AFTER_S / 2:
-            await self._collect()
             return
         generation, applies = self.generation, self.status.applies
 
         def still() -> bool:
             return (
-                not self._dirty
+                not self._unsure
                 and not self._lock.locked()
                 and self.generation == generation == self.status.applied_generation
                 and self.status.applies == applies
             )
 
+        members = self._upkeep.members
         drift = await self._eyes.drift(
             still=still,
             transactions=self.status.table_transactions,
-            members=self._check_after_s >= MEMBERS_AFTER_S,
+            members=members,
             skip=self._down.errors,
         )
         if drift:
@@ -389,16 +402,26 @@ class PolicyRoom:
             self.status.drift = drift
             _log.warning("drift", what=drift)
             self.resync()
+        elif drift is not None and members:
+            self._upkeep.compared(now_s)
+        elif self._upkeep.must_compare(now_s):
+            self.resync()
 
     async def _collect(self) -> None:
         async with self._lock:
-            if self._dirty or self._down:
+            if self._unsure:
                 return
             self._dirty = True
-            for error in (await self._attempt(self.dataplane.collect(), ())).values():
-                raise error
-            self._graph.members.compact()
-            self._dirty = False
+            down = self._down.errors
+            kept = await self._attempt(self.dataplane.collect(without=down), down)
+            if not kept:
+                self._graph.members.compact()
+                self._dirty = False
+                return
+        # Whoever refers to it is not our business; but what was recorded as gone is still there.
+        self._upkeep.kept_garbage(self._clock.monotonic())
+        _log.warning("garbage stays", error=fault_text({f: e.error for f, e in kept.items()}))
+        self.resync()
 
     def close(self) -> None:
         """Release the kernel thread; rules stay."""

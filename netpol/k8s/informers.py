@@ -29,6 +29,10 @@ LIVE_PODS = ("status.phase!=Succeeded", "status.phase!=Failed")
 PODS_WITH_OWN_NETWORK = ("spec.hostNetwork=false",)
 
 
+#: The name of the watch of this node's pods, which more than one part of the agent needs.
+LOCAL_PODS = "local pods"
+
+
 def pods_on(node: str) -> Selection:
     """The pods of one node, finished and host-network ones included (their events matter here)."""
     return Selection(fields=(f"spec.nodeName={node}",))

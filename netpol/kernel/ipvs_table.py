@@ -22,13 +22,15 @@ from pyroute2.netlink.exceptions import NetlinkError
 from netpol.kernel import ipvs_wire as wire
 from netpol.kernel.drivers import Timeouts
 from netpol.kernel.modules import load_module
-from netpol.kernel.netlink_batch import BatchSocket
+from netpol.kernel.netlink_batch import BatchSocket, RefusedError
 from netpol.lib.errors import KernelError, KernelMissingError, NoAnswerError
 from netpol.model.ipvs import IpvsFailure, IpvsOp, RealServer, RealState, ServerId, ServerState
 
 #: Of the thread that opens it; the open file stays with its network namespace.
 PROC_FILE = Path("/proc/thread-self/net/ip_vs")
 _PROC_READ_BYTES = 1 << 16
+#: What an open file in /proc says once the module that made it is gone.
+_STALE_FILE = frozenset({errno.EIO, errno.EINVAL})
 
 
 class NetlinkIpvs:
@@ -44,9 +46,7 @@ class NetlinkIpvs:
         self._lock = threading.Lock()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netpol-ipvs")
         try:
-            self._ipvs, sock, self._proc = self._worker.submit(_open).result()
-            self._kind: int = self._ipvs.prid
-            self._batch = BatchSocket(sock, "IPVS")
+            self._take(self._worker.submit(_open).result())
         except BaseException:
             self._worker.shutdown()
             raise
@@ -54,24 +54,37 @@ class NetlinkIpvs:
     def dump(self) -> dict[ServerId, ServerState]:
         """See IpvsDriver. Servers of protocols that no Service has are not seen.
 
-        Connections of persistence count as 0 here; `read` tells them.
+        Connections of persistence count as 0 here; `read` tells them. Where the module was loaded anew,
+        IPVS has another number and another file: they are looked for again.
         """
         with self._lock:
-            servers = [
-                server
-                for message in self._batch.get(wire.list_servers(self._kind))
-                if (server := wire.server_of(message)) is not None
-            ]
-            # Netlink tells settings, the file tells real servers: one request for each virtual server
-            # would take longer than all that is done with them.
-            told = dict(wire.reals_by_server(self._proc_lines()))
-            states: dict[ServerId, ServerState] = {}
-            for server in servers:
-                reals = told.get(server.id)
-                if reals is None:
-                    reals = self._reals(server.id)
-                states[server.id] = ServerState(server, reals)
-            return states
+            try:
+                return self._dump()
+            except RefusedError as e:
+                if e.code != errno.ENOENT:
+                    raise
+            except OSError as e:
+                if e.errno not in _STALE_FILE:
+                    raise
+            self._reopen()
+            return self._dump()
+
+    def _dump(self) -> dict[ServerId, ServerState]:
+        servers = [
+            server
+            for message in self._batch.get(wire.list_servers(self._kind))
+            if (server := wire.server_of(message)) is not None
+        ]
+        # Netlink tells settings, the file tells real servers: one request for each virtual server
+        # would take longer than all that is done with them.
+        told = dict(wire.reals_by_server(self._proc_lines()))
+        states: dict[ServerId, ServerState] = {}
+        for server in servers:
+            reals = told.get(server.id)
+            if reals is None:
+                reals = self._reals(server.id)
+            states[server.id] = ServerState(server, reals)
+        return states
 
     def read(self, ids: Sequence[ServerId]) -> dict[ServerId, ServerState]:
         """See IpvsDriver."""
@@ -118,6 +131,22 @@ class NetlinkIpvs:
                 self._worker.submit(self._ipvs.close).result()
                 self._worker.shutdown()
                 os.close(self._proc)
+
+    def _take(self, opened: tuple[IPVS, socket.socket, int]) -> None:
+        self._ipvs, sock, self._proc = opened
+        self._kind: int = self._ipvs.prid
+        self._batch = BatchSocket(sock, "IPVS")
+
+    def _reopen(self) -> None:
+        """Take a new socket and file, in the worker, which stays in this namespace; the old ones go.
+
+        Raises:
+            KernelMissingError: IPVS is not there any more, and could not be loaded.
+        """
+        old, proc = self._ipvs, self._proc
+        self._take(self._worker.submit(_open).result())
+        os.close(proc)
+        self._worker.submit(old.close).result()
 
     def _reals(self, id_: ServerId) -> dict[RealServer, RealState]:
         return dict(map(wire.real_of, self._batch.get(wire.list_reals(self._kind, id_))))

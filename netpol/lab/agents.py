@@ -71,12 +71,18 @@ def command(plan: LabPlan, node: NodePlan, *, api_url: str, path: Path) -> list[
     }
     if plan.iptables:
         arguments["--iptables"] = plan.iptables
-    if plan.proxy:
+    if plan.proxy or plan.bgp:
         arguments |= {
-            "--run-dir": str(node.state_dir / "run"),
+            "--run-dir": str(node.run_dir),
             "--service-ranges": ",".join(plan.service_cidrs),
         }
+    if plan.proxy:
         agent.append("--proxy")
+    if plan.bgp:
+        agent.append("--routes")
+    if plan.router:
+        agent += [f"--advertise-{kind}-ip" for kind in ("cluster", "external", "load-balancer")]
+        arguments["--bgp-peers-file"] = str(node.peers_file)
     # `ip netns exec` ends by exec: the pid is the agent's, with a /sys that shows its own links.
     inside = ["ip", "netns", "exec", node.netns]
     return inside + agent + [word for pair in arguments.items() for word in pair]

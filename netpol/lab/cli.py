@@ -85,6 +85,17 @@ def _add_up_arguments(parser: argparse.ArgumentParser, *, manifests: bool = True
         parser.add_argument(
             "--no-restart", action="store_true", help="leave an agent that ended ended"
         )
+        parser.add_argument(
+            "--subnets", type=int, default=1, help="L2 segments that nodes are in (default: 1)"
+        )
+        parser.add_argument(
+            "--router", choices=("frr",), default="", help="add a BGP router outside the cluster"
+        )
+    parser.add_argument(
+        "--routes",
+        choices=("bgp", "static"),
+        help="who routes between nodes: agents by BGP, or the lab (default: bgp where BIRD is)",
+    )
     parser.add_argument("--iptables", choices=("nft", "legacy"), default="")
     parser.add_argument("--ip-family", choices=("dual", "4"), default="dual")
     parser.add_argument("--cni-dir", type=Path, default=DEFAULT_CNI_BIN_DIR, help="CNI plugins")
@@ -128,11 +139,19 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 
 def _up(args: argparse.Namespace) -> int:
-    from netpol.lab import assets, launch, objects
+    from netpol.lab import assets, launch, objects, routing
     from netpol.lab.apiserver.resources import Kinds
     from netpol.lab.plan import LabPlan
 
     began = time.monotonic()
+    routes, note = routing.choose(
+        args.routes,
+        agent=not args.no_agent,
+        needed_for="--subnets" if args.subnets > 1 else "--router" if args.router else "",
+        fault=routing.missing(),
+    )
+    if note:
+        _say(note)
     plan = LabPlan(
         name=args.name,
         node_count=args.nodes,
@@ -141,6 +160,9 @@ def _up(args: argparse.Namespace) -> int:
         agent=not args.no_agent,
         restart_agents=not args.no_restart,
         proxy=args.proxy,
+        routes=routes,
+        subnets=args.subnets,
+        router=args.router,
         cni_bin_dir=args.cni_dir.absolute(),
     )
     programs = assets.from_environment(os.environ)
@@ -153,6 +175,8 @@ def _up(args: argparse.Namespace) -> int:
     launch.require_root()
     if plan.proxy:
         _require_proxy()
+    if plan.router:
+        _require_router()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
 
@@ -168,6 +192,14 @@ def _up(args: argparse.Namespace) -> int:
     print(f"netpol-ctl lab probe{flag}   # who reaches whom, by real packets")
     print(f"netpol-ctl lab down{flag}    # removes all of it")
     return 0
+
+
+def _require_router() -> None:
+    from netpol.lab import frr
+
+    fault = frr.missing()
+    if fault is not None:
+        raise NoAnswerError("--router frr", needed="FRR (Debian package frr)", got=fault)
 
 
 def _require_proxy() -> None:
@@ -228,6 +260,8 @@ def _status(args: argparse.Namespace) -> int:
         )
         if node["name"] in agents:
             print(f"  agent: {_agent_text(agents[node['name']])}")
+        if node.get("sessions"):
+            print(f"  BGP: {_sessions_text(node['sessions'])}")
         rows = [
             (pod["key"], " ".join(pod["addresses"]) or "no address yet", _ports_text(pod))
             for pod in answer["pods"]
@@ -235,6 +269,8 @@ def _status(args: argparse.Namespace) -> int:
         ]
         for line in _columns(rows):
             print(f"  {line}")
+    if answer.get("router"):
+        print(f"\n{_router_text(answer['router'])}")
     server = f"{answer['api_server']} ({answer['api_server_program']})"
     print(f"\nAPI server {server}, KUBECONFIG={answer['kubeconfig']}")
     print(f"Service addresses {answer['service_addresses']}.")
@@ -251,6 +287,26 @@ def _agent_text(line: Obj) -> str:
     if line["problem"]:
         parts.append(line["problem"])
     return ", ".join(parts)
+
+
+def _sessions_text(sessions: list[Obj]) -> str:
+    up = [s["peer"] for s in sessions if s["state"] == "Established"]
+    parts = (
+        [f"{len(up)} of {len(sessions)} sessions up ({', '.join(up)})"] if up else ["no session"]
+    )
+    for session in sessions:
+        if session["state"] != "Established":
+            why = f": {session['lastError']}" if session.get("lastError") else ""
+            parts.append(f"{session['peer']} is {session['state']}{why}")
+    return ", ".join(parts)
+
+
+def _router_text(router: Obj) -> str:
+    up = [s["peer"] for s in router["sessions"] if s["state"] == "Established"]
+    parts = [f"{len(up)} sessions ({', '.join(up)})", f"{len(router['routes'])} routes learnt"]
+    if router["problem"]:
+        parts = [router["problem"]]
+    return f"router  AS {router['asn']}  {' '.join(router['addresses'])}\n  BGP: {', '.join(parts)}"
 
 
 def _ports_text(pod: Obj) -> str:

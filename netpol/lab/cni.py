@@ -29,6 +29,9 @@ CNI_VERSION = "1.0.0"
 IFNAME = "eth0"
 
 _PLUGIN_TIMEOUT_S = 30
+#: A pod says why it waits after this; then the kubelet asks again.
+_RANGES_TRIES = 250
+_POLL_S = 0.02
 _WORKERS = 3  # an ADD waits for the kernel most of its time; more only queue there
 
 
@@ -54,9 +57,14 @@ class PortMapping(NamedTuple):
         return entry | ({"hostIP": self.host_ip} if self.host_ip else {})
 
 
-def conflist(node: NodePlan) -> dict[str, Any]:
-    """Return the configuration of a node: bridge with host-local addresses, then portmap."""
-    bridge = {
+def conflist(node: NodePlan, *, ranges: bool = True) -> dict[str, Any]:
+    """Return the configuration of a node: bridge with host-local addresses, then portmap.
+
+    Args:
+        node: whose it is.
+        ranges: whether its podCIDRs are in it; the node's agent puts them in otherwise.
+    """
+    bridge: dict[str, Any] = {
         "type": "bridge",
         "bridge": POD_BRIDGE,
         "isGateway": True,
@@ -64,19 +72,20 @@ def conflist(node: NodePlan) -> dict[str, Any]:
         "hairpinMode": True,
         "ipam": {
             "type": "host-local",
-            "ranges": [[{"subnet": cidr}] for cidr in node.pod_cidrs],
             "dataDir": str(node.state_dir / "cni/networks"),
         },
     }
+    if ranges:
+        bridge["ipam"] |= {"ranges": [[{"subnet": cidr}] for cidr in node.pod_cidrs]}
     portmap = {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}
     return {"cniVersion": CNI_VERSION, "name": "knp", "plugins": [bridge, portmap]}
 
 
-def write_conflist(node: NodePlan) -> Path:
+def write_conflist(node: NodePlan, *, ranges: bool = True) -> Path:
     """Write the node's configuration where a container runtime would look for it."""
     target = node.cni_conf_dir / CONFLIST_NAME
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(conflist(node), indent=2) + "\n")
+    target.write_text(json.dumps(conflist(node, ranges=ranges), indent=2) + "\n")
     return target
 
 
@@ -130,12 +139,24 @@ class CniRuntime:
         Raises:
             CniError: A plugin refused; what was half done is undone.
         """
+        await self._await_ranges()
         if self._bridge_made:
             return await self._add(container_id, netns, ports)
         async with self._first:
             addresses = await self._add(container_id, netns, ports)
             self._bridge_made = True
             return addresses
+
+    async def _await_ranges(self) -> None:
+        """Wait for the node's agent to put the podCIDRs into the configuration."""
+        for _ in range(_RANGES_TRIES):
+            ipam = self._config(())["plugins"][0].get("ipam") or {}
+            if ipam.get("type") != "host-local" or ipam.get("ranges"):
+                return
+            await asyncio.sleep(_POLL_S)
+        raise CniError(
+            f"no pod range in {CONFLIST_NAME}", needed="the node's agent, which writes it"
+        )
 
     async def _add(
         self, container_id: str, netns: str, ports: Sequence[PortMapping]

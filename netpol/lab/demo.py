@@ -47,6 +47,7 @@ class Demo:
         self._name = args.name
         self._extra = [] if args.name == DEFAULT_NAME else ["--name", args.name]
         self._up = ["--iptables", args.iptables] if args.iptables else []
+        self._up += ["--routes", args.routes] if args.routes else []
         self._state = STATE_ROOT / args.name
         self._bin = Path(sys.executable).parent
         self._address = ""
@@ -61,6 +62,8 @@ class Demo:
         self._show("netpol-ctl", "lab", "up", "--nodes", "2", "-f", pods, *self._up, *self._extra)
         self._env["KUBECONFIG"] = str(self._state / "kubeconfig")
         self._show("kubectl", "get", "pods", "-A", "-o", "wide")
+        if (self._state / "node1/run/bird").exists():  # else the lab routes, for want of BIRD
+            self._show("netpol-ctl", "routes", "--socket", str(self._state / "node1/agent.sock"))
         ports = ["--port", "5432/tcp", "--port", "8000/tcp"]
         self._chapter("Before any policy: real packets, everybody reaches everybody")
         self._show("netpol-ctl", "lab", "probe", *ports, *self._extra)

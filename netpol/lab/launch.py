@@ -121,7 +121,9 @@ def _up(
         down(plan.name, state_root=plan.state_root)
     state = plan.state_dir
     state.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    state.mkdir(mode=0o700)
+    # BIRD and FRR go through here as their own users; what is in it is made for root alone.
+    state.mkdir(mode=0o711)
+    (state / SUPERVISOR_LOG).touch(mode=0o600)
     ready = False
     try:
         _write_spec(plan, selection, timeout_s=timeout_s, assets=assets)
@@ -211,7 +213,8 @@ def _last_line(file: Path) -> str:
 def down(name: str, *, state_root: Path = STATE_ROOT) -> bool:
     """Remove all of a lab; return whether there was anything.
 
-    The supervisor goes first, so that nothing is started again; then the agents by their records, then
+    The supervisor goes first, so that nothing is started again; then the agents by their records, then the
+    daemons that put themselves into the background by theirs (their namespace may have lost its name), then
     whatever process lives in one of the namespaces, the namespaces, and the files.
     """
     check_name(name)
@@ -222,10 +225,28 @@ def down(name: str, *, state_root: Path = STATE_ROOT) -> bool:
         processes.end([supervisor], grace_s=_SUPERVISOR_GRACE_S)
     recorded = [processes.recorded(file) for file in sorted(state.glob("*/*.process"))]
     processes.end([process for process in recorded if process is not None], grace_s=0)
+    processes.end(_daemons(state), grace_s=0)
     network.down(name)
     if state.exists():
         shutil.rmtree(state)
     _remove_empty(state_root)
+    return found
+
+
+def _daemons(state: Path) -> list[processes.Process]:
+    """Return the BIRDs of the nodes and the router's daemons that their pid files name.
+
+    A number may be another program's by now: its command line must name the very file.
+    """
+    found = []
+    for file in (*state.glob("*/run/bird/*.pid"), *state.glob("*/*.pid")):
+        try:
+            process = processes.identify(int(file.read_text()))
+            words = Path(f"/proc/{process.pid}/cmdline").read_bytes() if process else b""
+        except (OSError, ValueError):
+            continue  # it ended, or never got to write its number
+        if process is not None and os.fsencode(file) in words.split(b"\0"):
+            found.append(process)
     return found
 
 

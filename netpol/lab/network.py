@@ -14,14 +14,14 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from netpol.kernel.netns import in_netns
 from netpol.lab import spaces
 from netpol.lab.plan import LabPlan, NodePlan, netns_prefix
 from netpol.lib.errors import KernelMissingError
-
-_FORWARDING = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
 
 #: Addresses are usable at once: duplicate detection would cost two seconds an address, for nothing.
 NO_DAD = {
@@ -30,20 +30,28 @@ NO_DAD = {
     "net/ipv6/conf/default/dad_transmits": "0",
 }
 
-_NODE_SYSCTLS = (
-    NO_DAD
-    | _FORWARDING
-    | {
-    # Spoofed sources must meet the agent's own check, not hide behind the kernel's.
+# Spoofed sources must meet the agent's own check, not hide behind the kernel's.
+_NO_RP_FILTER = {
     "net/ipv4/conf/all/rp_filter": "0",
     "net/ipv4/conf/default/rp_filter": "0",
+}
+
+_FORWARDING = {
+    "net/ipv4/ip_forward": "1",
+    "net/ipv6/conf/all/forwarding": "1",
+}
+
+_NODE_SYSCTLS = {
+    **NO_DAD,
+    **_NO_RP_FILTER,
+    **_FORWARDING,
     "net/bridge/bridge-nf-call-iptables": "1",
     "net/bridge/bridge-nf-call-ip6tables": "1",
 }
 
-_SWITCH_SYSCTLS = NO_DAD | {
-    "net/ipv4/conf/all/rp_filter": "0",
-    "net/ipv4/conf/default/rp_filter": "0",
+_SWITCH_SYSCTLS = {
+    **NO_DAD,
+    **_NO_RP_FILTER,
     # The switch is a wire: nothing may filter or track there.
     "net/bridge/bridge-nf-call-iptables": "0",
     "net/bridge/bridge-nf-call-ip6tables": "0",
@@ -57,29 +65,27 @@ def up(plan: LabPlan) -> None:
         KernelError: The kernel or `ip` refused something.
     """
     _load_br_netfilter()
-    wanted = [plan.switch_netns, *(node.netns for node in plan.nodes)]
+    wanted = _sysctls(plan)
     fresh = set(wanted) - set(spaces.names(netns_prefix(plan.name)))
     spaces.create(wanted)
-    for space in wanted:
-        sysctls = _SWITCH_SYSCTLS if space == plan.switch_netns else _NODE_SYSCTLS
-        in_netns(space, functools.partial(spaces.write_sysctls, sysctls))
-    wires = [
-        f"link add n{node.index} netns {plan.switch_netns} type veth peer name eth0 netns {node.netns}"
-        for node in plan.nodes
-        if node.netns in fresh
-    ]
+    for space, values in wanted.items():
+        in_netns(space, functools.partial(spaces.write_sysctls, values))
     if plan.switch_netns in fresh:
         spaces.ip_batch(_switch_lines(plan), netns=plan.switch_netns)
-    spaces.ip_batch(wires)
-    ports = [line for node in plan.nodes for line in _port_lines(node) if node.netns in fresh]
-    spaces.ip_batch(ports, netns=plan.switch_netns)
+    wires = [wire for wire in _wires(plan) if wire.netns in fresh]
+    spaces.ip_batch(
+        f"link add {w.port} netns {plan.switch_netns} type veth peer name {w.link} netns {w.netns}"
+        for w in wires
+    )
+    spaces.ip_batch((line for w in wires for line in _port_lines(w)), netns=plan.switch_netns)
+    batches = {node.netns: _node_lines(plan, node) for node in plan.nodes}
+    if plan.router:
+        batches[plan.router_netns] = _router_lines(plan)
     with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
-        made = [node for node in plan.nodes if node.netns in fresh]
-        list(
-            pool.map(lambda node: spaces.ip_batch(_node_lines(plan, node), netns=node.netns), made)
-        )
-    for space in wanted:
-        if space in fresh:
+        made = [space for space in batches if space in fresh]
+        list(pool.map(lambda space: spaces.ip_batch(batches[space], netns=space), made))
+    if not plan.bgp:
+        for space in fresh:
             spaces.ip_batch(_route_lines(plan, space), netns=space)
 
 
@@ -105,32 +111,73 @@ def _load_br_netfilter() -> None:
         )
 
 
+def _sysctls(plan: LabPlan) -> dict[str, dict[str, str]]:
+    """Return every namespace that there must be, the switch first, with what is set in it."""
+    switch = _SWITCH_SYSCTLS | (_FORWARDING if plan.subnets > 1 else {})
+    router = {plan.router_netns: _SWITCH_SYSCTLS | _FORWARDING} if plan.router else {}
+    return {
+        plan.switch_netns: switch,
+        **{node.netns: _NODE_SYSCTLS for node in plan.nodes},
+        **router,
+    }
+
+
+class _Wire(NamedTuple):
+    """A link from a namespace to a port of the switch, in a segment."""
+
+    netns: str
+    link: str
+    port: str
+    segment: int
+
+
+def _wires(plan: LabPlan) -> Iterator[_Wire]:
+    for node in plan.nodes:
+        yield _Wire(node.netns, "eth0", f"n{node.index}", node.segment)
+    for segment in range(plan.subnets if plan.router else 0):
+        yield _Wire(plan.router_netns, f"eth{segment}", f"r{segment}", segment)
+
+
 def _switch_lines(plan: LabPlan) -> list[str]:
-    lines = [
-        "link set lo up",
-        f"link add {_SWITCH_BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
-        f"link set {_SWITCH_BRIDGE} up",
-    ]
-    for address, length in zip(plan.switch_addresses, plan.prefix_lengths, strict=True):
-        lines.append(f"addr add {address}/{length} dev {_SWITCH_BRIDGE}{_nodad(address)}")
+    lines = ["link set lo up"]
+    for segment in range(plan.subnets):
+        bridge = _bridge(segment)
+        lines += [
+            f"link add {bridge} type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
+            f"link set {bridge} up",
+            *_address_lines(plan, plan.gateways(segment), bridge),
+        ]
     return lines
 
 
-def _port_lines(node: NodePlan) -> list[str]:
-    port = f"n{node.index}"
-    return [f"link set {port} addrgenmode none", f"link set {port} master {_SWITCH_BRIDGE} up"]
+def _port_lines(wire: _Wire) -> list[str]:
+    return [
+        f"link set {wire.port} addrgenmode none",
+        f"link set {wire.port} master {_bridge(wire.segment)} up",
+    ]
 
 
 def _node_lines(plan: LabPlan, node: NodePlan) -> list[str]:
-    lines = ["link set lo up", "link set eth0 up"]
-    for address, length in zip(node.addresses, node.prefix_lengths, strict=True):
-        lines.append(f"addr add {address}/{length} dev eth0{_nodad(address)}")
-    lines += [f"route add default via {gateway} dev eth0" for gateway in plan.switch_addresses]
+    gateways = plan.gateways(node.segment)
+    return [
+        "link set lo up",
+        "link set eth0 up",
+        *_address_lines(plan, node.addresses, "eth0"),
+        *(f"route add default via {gateway} dev eth0" for gateway in gateways),
+    ]
+
+
+def _router_lines(plan: LabPlan) -> list[str]:
+    lines = ["link set lo up"]
+    for segment in range(plan.subnets):
+        link = f"eth{segment}"
+        lines.append(f"link set {link} up")
+        lines += _address_lines(plan, plan.router_addresses(segment), link)
     return lines
 
 
 def _route_lines(plan: LabPlan, space: str) -> list[str]:
-    device = _SWITCH_BRIDGE if space == plan.switch_netns else "eth0"
+    device = _bridge(0) if space == plan.switch_netns else "eth0"
     return [
         f"route add {cidr} via {address} dev {device}"
         for node in plan.nodes
@@ -139,5 +186,12 @@ def _route_lines(plan: LabPlan, space: str) -> list[str]:
     ]
 
 
-def _nodad(address: str) -> str:
-    return " nodad" if ":" in address else ""
+def _address_lines(plan: LabPlan, addresses: tuple[str, ...], link: str) -> list[str]:
+    return [
+        f"addr add {address}/{length} dev {link}{' nodad' if ':' in address else ''}"
+        for address, length in zip(addresses, plan.prefix_lengths, strict=True)
+    ]
+
+
+def _bridge(segment: int) -> str:
+    return f"br{segment}"

@@ -14,6 +14,8 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from netpol.lab import frr, routing
+from netpol.lab.plan import ROUTER
 from netpol.lib.errors import InputError, NetpolError, NoAnswerError
 
 if TYPE_CHECKING:
@@ -77,7 +79,10 @@ class Operations:
                 text += f", {len(lines) - len(late)} of {len(lines)} agents are ready"
             tell(text)
             if not waiting and not late:
-                return
+                lag = await self._missing_routes()
+                if not lag:
+                    return
+                tell(f"{lag[0]} yet")
             for pod in waiting:
                 if pod.stuck:
                     tell(f"{pod.text} waits")
@@ -91,12 +96,16 @@ class Operations:
 
     async def unready(self) -> list[str]:
         """Return what keeps the lab from being ready, in words."""
-        missing = [waiting.text for waiting in self._waiting_pods()]
+        missing = []  # agents first: pods wait for what their node's agent writes
         for line in await self._lab.agents.describe():
             if not line["ready"]:
                 why = f" ({line['problem']})" if line["problem"] else ""
                 missing.append(f"agent on {line['node']}{why}")
-        return missing
+        missing += [waiting.text for waiting in self._waiting_pods()]
+        return missing or await self._missing_routes()
+
+    async def _missing_routes(self) -> list[str]:
+        return await routing.lagging(self._lab.plan, self._lab.agents.agents)
 
     def _waiting_pods(self, pods: list[Obj] | None = None) -> list[Waiting]:
         views = {view.uid: view for view in self._lab.kubelet.pods()}
@@ -134,7 +143,7 @@ class Operations:
                     await asyncio.sleep(_POLL_S)
                 rv = self._lab.store.resource_version
                 needed = await self._lab.api.horizon(rv)
-                while lagging := await self._lagging(needed):
+                while lagging := await self._lagging(needed) or await self._missing_routes():
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             raise NoAnswerError(
@@ -174,6 +183,8 @@ class Operations:
 
     async def _status(self, _: Obj) -> Obj:
         lab, plan = self._lab, self._lab.plan
+        sessions = await routing.sessions(lab.agents.agents) if plan.bgp else {}
+        router = await asyncio.to_thread(frr.describe, plan) if plan.router else None
         return {
             "name": plan.name,
             "pid": os.getpid(),
@@ -190,9 +201,13 @@ class Operations:
                     "netns": node.netns,
                     "addresses": list(node.addresses),
                     "pod_cidrs": list(node.pod_cidrs),
+                    "subnet": node.segment,
+                    "sessions": sessions.get(node.name, []),
                 }
                 for node in plan.nodes
             ],
+            "routes": plan.routes,
+            "router": router,
             "agents": await lab.agents.describe(),
             "pods": self._pod_lines(),
             "waiting": [waiting.text for waiting in self._waiting_pods()],
@@ -243,11 +258,14 @@ class Operations:
 
     async def _exec(self, request: Obj) -> Obj:
         """Return the namespace that a command for a node runs in."""
-        node = self._lab.plan.node(str(request["node"]))
-        if node is None:
-            names = ", ".join(n.name for n in self._lab.plan.nodes)
-            raise NoAnswerError("no such node", needed=names, got=str(request["node"]))
-        return {"netns": node.netns}
+        plan = self._lab.plan
+        spaces = {node.name: node.netns for node in plan.nodes}
+        if plan.router:
+            spaces[ROUTER] = plan.router_netns
+        name = str(request["node"])
+        if name not in spaces:
+            raise NoAnswerError("no such node", needed=", ".join(spaces), got=name)
+        return {"netns": spaces[name]}
 
     async def _stop(self, _: Obj) -> Obj:
         """End the supervisor; namespaces and agents stay until `lab down`."""

@@ -75,6 +75,11 @@ class NodePlan:
         """Where the node's agent keeps what must not outlive a boot, and BIRD its files."""
         return self.state_dir / "run"
 
+    @property
+    def peers_file(self) -> Path:
+        """What names the router outside to the node's agent."""
+        return self.state_dir / "peers.yaml"
+
 
 @dataclass(frozen=True, slots=True)
 class LabPlan:

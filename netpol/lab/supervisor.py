@@ -19,7 +19,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from netpol.lab import agents, cluster, cni, names, network, processes
+from netpol.lab import agents, cluster, cni, frr, names, network, processes, routing
 from netpol.lab.agents import Agent, AgentSet
 from netpol.lab.apis import EmbeddedApi, LabApi
 from netpol.lab.apiserver import ApiError
@@ -127,6 +127,8 @@ class Supervisor:
         plan, say = self._plan, self._progress.say
         if plan.agent and (why := agents.missing()):
             raise NoAnswerError(why)
+        if plan.bgp and (why := routing.missing()):
+            raise NoAnswerError("--routes bgp", needed="BIRD 2", got=why)
         cni.check_plugins(plan.cni_bin_dir)
         say(f"network of {plan.node_count} nodes")
         await asyncio.to_thread(network.up, plan)
@@ -138,7 +140,7 @@ class Supervisor:
         for part in self.api.parts():
             self._run(part)
         for node in plan.nodes:
-            cni.write_conflist(node)
+            cni.write_conflist(node, ranges=not plan.bgp)
             self._runtimes[node.name] = cni.CniRuntime(
                 node, bin_dir=plan.cni_bin_dir, path=self._env["PATH"]
             )
@@ -161,8 +163,15 @@ class Supervisor:
             return
         account = cluster.agent_account(self.store)
         url = f"http://{plan.switch_addresses[0]}:{API_PORT}"
+        if plan.bgp:
+            routing.prepare(plan)
+        if plan.router:
+            self._progress.say(f"the router {plan.router}")
+            await asyncio.to_thread(frr.start, plan, self._env)
         found = []
         for node in plan.nodes:
+            if plan.router:
+                processes.replace_text(node.peers_file, frr.peers_yaml(plan, node))
             token_file = node.state_dir / "token"
             processes.replace_text(token_file, await self.api.token_for(*account))
             line = agents.command(plan, node, api_url=url, path=token_file)

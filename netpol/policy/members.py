@@ -177,6 +177,12 @@ class Members:
             for anchor in _anchors(peer):
                 self._anchors.setdefault(anchor, set()).add(peer)
 
+    def recompute(self) -> None:
+        """Compute all active peers from the index again: what the benchmark times, and a check of the rest."""
+        self._scopes.clear()
+        for peer in self._bits:
+            self._bits[peer] = self._index.select(peer.pods, self._scope_bits(peer.scope))
+
     def _scope_bits(self, scope: str | Selector) -> int:
         if isinstance(scope, str):
             return bits_of(self._by_namespace.get(scope, ()), len(self._pods))

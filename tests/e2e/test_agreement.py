@@ -1,4 +1,4 @@
-"""The engine's matrix and real packets say the same, in random worlds, on both variants of iptables."""
+"""The engine's matrix and real packets agree: random worlds, both variants of iptables, across segments."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from netpol.lab import routing
 from tests.e2e.labs import PROBED, Dice, Lab, nine_pods
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -16,13 +17,22 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 WORLDS = int(os.environ.get("NETPOL_WORLDS", "5"))
 
 
-@pytest.fixture(scope="module", params=["nft", "legacy"])
+#: Flags of each lab; in two segments all packets between its nodes go through the overlay.
+LABS = {
+    "nft": ("--iptables", "nft"),
+    "legacy": ("--iptables", "legacy"),
+    "segments": ("--subnets", "2"),
+}
+
+
+@pytest.fixture(scope="module", params=LABS)
 def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    if request.param == "segments" and routing.missing() is not None:
+        pytest.skip(f"{routing.missing()}")
     lab = Lab(f"ag{request.param[0]}")
     try:
         lab.up(
-            "--iptables",
-            request.param,
+            *LABS[request.param],
             manifests=nine_pods(),
             tmp=tmp_path_factory.mktemp("agreement"),
         )

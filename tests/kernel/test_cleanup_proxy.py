@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from netpol.ctl.cleanup_proxy import clean_proxy, delete_servers, ledger_servers
+from netpol.ctl.cleanup_proxy import clean_proxy, delete_ours, read_ledger
 from netpol.kernel.netns import in_netns
 from netpol.kernel.testing_ipvs import FakeIpvs
 from netpol.kernel.vips import LINK
@@ -87,6 +87,9 @@ def test_all_of_the_proxy_goes_and_the_settings_come_back(space: str, tmp_path: 
         "chains": 2,
         "jumps": 2,
         "sets": 1,
+        "birds": 0,
+        "routes": 0,
+        "tunnels": 0,
     }
     assert run(space, "sysctl", "-n", "net.ipv4.conf.all.arp_ignore") == "0\n"
     assert LINK not in run(space, "ip", "link")
@@ -112,21 +115,25 @@ def test_servers_are_ours_by_the_ledger(tmp_path: Path) -> None:
     file = tmp_path / "ipvs.ledger"
     file.write_bytes(HEADER + line(Word.OURS, OURS) + line(Word.FOREIGN, THEIRS))
     left: list[str] = []
-    assert ledger_servers(file, left) == {OURS}
+    ledger = read_ledger(file, left)
+    unnamed = ServerId(Family.V4, Protocol.TCP, OURS.address, 80)
+    elsewhere = ServerId(Family.V4, Protocol.TCP, parse_address("192.0.2.1"), 53)
     ipvs = FakeIpvs()
-    for id_ in (OURS, THEIRS):
+    for id_ in (OURS, THEIRS, unnamed, elsewhere, ServerId.by_mark(Family.V4, 256)):
         ipvs.put(VirtualServer(id_), {})
-    assert delete_servers(ipvs, [OURS], left) == 1
-    assert ipvs.state.keys() == {THEIRS}
-    assert delete_servers(ipvs, [OURS], left) == 0
-    assert len(left) == 1
+    # Somebody's server may stand on an address of our link: it was there first.
+    on_link = frozenset((OURS.address, THEIRS.address))
+    assert delete_ours(ipvs, ledger, on_link, left) == 2
+    assert ipvs.state.keys() == {THEIRS, elsewhere, ServerId.by_mark(Family.V4, 256)}
+    assert delete_ours(ipvs, ledger, on_link, left) == 0
+    assert left == []
 
 
 def test_a_ledger_that_cannot_be_read_is_told_and_stays(space: str, tmp_path: Path) -> None:
     file = tmp_path / "ipvs.ledger"
     file.write_text("nonsense\n")
     left: list[str] = []
-    assert ledger_servers(file, left) == frozenset()
+    assert len(read_ledger(file, left)) == 0
     assert "only servers on our own link" in left[0]
     in_netns(space, lambda: clean_proxy(tmp_path, left))
     assert file.exists()

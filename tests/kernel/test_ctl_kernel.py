@@ -121,3 +121,25 @@ def test_cleanup_ends_enforcement_though_a_foreign_rule_holds_a_chain(space, var
     )
     assert "KNP-" not in space(f"ip6tables-{variant}-save")
     assert not [s for s in space("ipset", "list", "-n").split() if s.endswith("MAP6")]
+
+
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+def test_cleanup_removes_one_family_where_the_other_has_no_tools(space, variant, tmp_path):
+    space("ipset", "restore", text=rendered(space, "--only", "sets"))
+    text = rendered(space, "--only", "rules", "--family", "4")
+    space(f"iptables-{variant}-restore", "--noflush", text=text)
+    # A folder with everything that is on the path, but for the tools of one family.
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for folder in ("/usr/sbin", "/sbin", "/usr/bin", "/bin"):
+        for tool in Path(folder).iterdir():
+            if not tool.name.startswith("ip6tables") and not (tools / tool.name).is_symlink():
+                (tools / tool.name).symlink_to(tool)
+
+    words = ctl("cleanup", "--socket", str(tmp_path / "none.sock"))
+    said = space("env", f"PATH={tools}", "sh", "-c", '"$@" 2>&1; echo "exit $?"', "sh", *words)
+
+    assert "ip6tables-nft-save" in said
+    assert said.endswith("exit 0\n")
+    assert "KNP-" not in space(f"iptables-{variant}-save")
+    assert space("ipset", "list", "-n") == ""

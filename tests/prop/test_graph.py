@@ -62,6 +62,9 @@ def test_incremental_is_fresh(data: st.DataObject, start: make.World, node: str)
     for _ in range(data.draw(st.integers(1, 12))):
         _one_event(data, live)
     live.check()
+    # And what was followed event by event is what the index says as a whole.
+    live.graph.members.recompute()
+    live.check()
 
 
 @given(st.data(), worlds.worlds())

@@ -15,7 +15,7 @@ import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -97,10 +97,16 @@ def smallest(plan: Plan, down: Family | None = None) -> Iterator[Step]:
         if family_of_step(step) is down and number >= plan.leaving:
             continue
         if isinstance(step, SetTransaction):
-            for op in step.ops:
-                yield from (SetTransaction((part,)) for part in _parts(op))  # type: ignore[arg-type]
+            yield from _steps(step.ops)
         else:
             yield step
+    if down is not None:
+        yield from _steps(plan.behind.get(down, ()))
+
+
+def _steps(ops: Iterable[object]) -> Iterator[Step]:
+    for op in ops:
+        yield from (SetTransaction((part,)) for part in _parts(op))  # type: ignore[arg-type]
 
 
 def interleaved(plan: Plan, dice: random.Random) -> Iterator[Step]:

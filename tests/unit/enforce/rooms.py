@@ -12,12 +12,13 @@ from netpol.k8s.decode import NETWORK_POLICY, decode
 from netpol.kernel.drivers import TableDump, TableError, TableTransaction
 from netpol.kernel.rule_text import canonical
 from netpol.kernel.testing import FakeSets, FakeTables
-from netpol.model.ids import ChainName, Direction, ObjectKey
+from netpol.model.ids import ChainName, Direction, ObjectKey, SetName
 from netpol.model.net import Family, host_prefix, parse_address
 from netpol.model.objects import Endpoint, Namespace
 from netpol.policy.compile import compile_policy
 from netpol.policy.graph import Graph, PolicyId
 from netpol.render import names
+from netpol.render.options import RenderOptions
 from netpol.render.policies import policy_rules
 from netpol.render.static import TABLE
 from tests import builders as make
@@ -91,6 +92,8 @@ class Scene:
         self.sets = FakeSets()
         self.tables = StubbornTables(self.sets)
         self.options = churn.options_of(churn.WIDE)
+        #: Gives a room its options anew.
+        self.renew: Callable[[], RenderOptions] | None = None
         self.clock = SkippingClock()
         self.room = self._new_room()
 
@@ -101,6 +104,7 @@ class Scene:
             tables=self.tables,
             options=self.options,
             clock=self.clock,
+            before_reconcile=self.renew,
         )
 
     @contextlib.asynccontextmanager
@@ -139,6 +143,17 @@ class Scene:
     def tell(self) -> None:
         """What was changed in the graph is news."""
         self.room.changed()
+
+    async def told(self) -> bool:
+        """Tell, and wait until that was applied as far as it could be; whether it was."""
+        self.tell()
+        generation = self.room.generation
+        return await until(lambda: self.room.status.applied_generation >= generation)
+
+    def sets_with(self, address: str) -> list[SetName]:
+        """The sets of addresses that one is in."""
+        wanted = parse_address(address)
+        return [n for n, found in self.sets.state.items() if wanted in found.members]
 
     # -- the kernel -------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -199,7 +200,7 @@ async def test_an_address_that_leaves_does_not_hand_on_its_class(scene: Scene) -
         scene.tell()
         generation = room.generation
         assert await until(lambda: room.status.applied_generation == generation)
-        assert scene.number(2, Family.V6) is None
+        assert scene.number(2, Family.V6) == UNKNOWN
         assert scene.number(2, Family.V4) == scene.number(3, Family.V4)
         repair()
         assert await until(lambda: room.in_sync), room.status
@@ -350,3 +351,83 @@ async def test_a_set_error_of_one_family_is_that_familys(scene: Scene) -> None:
         assert clean(scene, Family.V4)
         entry = host_prefix(parse_address("10.0.1.2"))
         assert entry in scene.sets.state[names.class_map(Direction.EGRESS, Family.V4)].members
+
+
+async def test_an_address_that_leaves_does_not_hand_on_what_it_was_allowed(scene: Scene) -> None:
+    """As a peer of others: it leaves the sets of a family that is down, too."""
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        repair = _refuses(scene, Family.V6)
+        scene.policy("web", make.pods(role="db"), make.pods(role="x"))
+        scene.tell()
+        assert await until(lambda: room.status.down == (Family.V6,))
+        assert scene.sets_with("fd00:0:1::3")
+        scene.graph.remove_pod(ObjectKey("a", "db"))
+        assert await scene.told()
+        assert scene.sets_with("fd00:0:1::3") == []
+        scene.pod("stranger", 3, role="stranger")
+        assert await scene.told()
+        assert scene.sets_with("fd00:0:1::3") == []
+        repair()
+        assert await until(lambda: room.in_sync), room.status
+        assert clean(scene, Family.V6)
+
+
+async def test_a_member_that_is_too_much_goes_though_the_table_is_refused_just_now(
+    scene: Scene,
+) -> None:
+    """The very plan that fails: it would be the first step behind the table's."""
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        _refuses(scene, Family.V6)
+        scene.policy("db", make.pods(role="web"), make.pods(role="x"))
+        scene.graph.remove_pod(ObjectKey("a", "web"))
+        scene.pod("stranger", 2, role="stranger")
+        room.resync()
+        assert await until(lambda: room.status.down == (Family.V6,))
+        assert await scene.told()
+        assert scene.sets_with("fd00:0:1::2") == []
+
+
+async def test_without_a_hold_an_isolated_pod_is_held_where_its_family_is_down(
+    scene: Scene,
+) -> None:
+    scene.options = replace(scene.options, hold_ranges=())
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        repair = _refuses(scene, Family.V6)
+        scene.policy("web", make.pods(role="x"))
+        scene.tell()
+        assert await until(lambda: room.status.down == (Family.V6,))
+        kept = scene.number(2, Family.V6)
+        scene.pod("late", 9, role="web")
+        scene.pod("free", 10)
+        assert await scene.told()
+        assert scene.number(9, Family.V6) == UNKNOWN
+        assert scene.number(10, Family.V6) is None
+        assert scene.number(2, Family.V6) == kept
+        repair()
+        assert await until(lambda: room.in_sync), room.status
+        assert scene.number(9, Family.V6) == kept
+
+
+@BROKEN
+@HARMS
+async def test_an_entry_of_nobody_knows_whom_is_not_believed(
+    scene: Scene, family: Family, harm
+) -> None:
+    """Another agent finds a family down, and in its map the entry of an open pod that is no more."""
+    scene.pod("open", 30)
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        kept = scene.number(2, family)
+    scene.graph.remove_pod(ObjectKey("a", "open"))
+    scene.pod("shut", 30, role="web")
+    scene.policy("web", make.pods(role="x"))
+    harm(scene, family)
+    async with scene.running() as room:
+        assert await until(lambda: room.status.down == (family,))
+        assert scene.number(30, family) in {None, UNKNOWN}
+        if harm is not _squatted_map:
+            assert scene.number(2, family) == kept, "an entry that is right stays"
+        assert scene.number(30, OTHER[family]) == scene.number(2, OTHER[family])

@@ -7,11 +7,18 @@ import math
 import pytest
 
 from netpol.enforce.events import complaints
-from netpol.kernel.drivers import TableError, TableTransaction
+from netpol.kernel.drivers import (
+    AddMembers,
+    SetError,
+    SetTransaction,
+    TableError,
+    TableTransaction,
+)
 from netpol.lib.errors import KernelMissingError
 from netpol.model.ids import ObjectKey
 from netpol.model.net import FAMILIES, Family
 from netpol.render.options import UNKNOWN
+from netpol.render.static import TABLE
 from tests import builders as make
 from tests.unit.enforce.rooms import Scene, nameless, until
 
@@ -214,3 +221,102 @@ async def test_an_event_on_the_policy_says_what_the_kernel_said(scene: Scene) ->
         assert told.about.key == ObjectKey("a", "p08")
         assert "Invalid argument" in told.message
         assert not await until(lambda: room.status.drifts > 0, 1.0), room.status.drift
+
+
+async def test_an_address_that_another_pod_has_now_is_held_if_its_policy_is_refused(
+    scene: Scene,
+) -> None:
+    """Both in one run, which compares everything since some policy is refused already."""
+    scene.policy("shut", make.pods(role="friend"))
+    scene.pod("open", 40)
+    guilty = nameless(scene.chain("p08"))
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        chains = set(scene.tables.table(TABLE, Family.V4).chains)
+
+        def refuses(tx: TableTransaction) -> Exception | None:
+            new = [n for n in tx.replace if n.startswith("KNP-PI-") and n not in chains]
+            return nameless(*new)(tx) or guilty(tx)
+
+        scene.tables.refuses = refuses
+        scene.policy("p08", make.pods(role="other"))
+        scene.tell()
+        assert await until(lambda: refused(scene) == ["p08"] and room.in_sync), room.status
+        scene.graph.remove_pod(ObjectKey("a", "open"))
+        scene.pod("shut", 40, role="shut")
+        assert await scene.told()
+        assert refused(scene) == ["p08", "shut"]
+        assert [scene.number(40, f) for f in FAMILIES] == [UNKNOWN] * 2
+
+
+async def test_kept_rules_do_not_open_to_who_has_an_address_now(scene: Scene) -> None:
+    """Nor to a pod that was labelled anew; the others whom they name stay."""
+    scene.pod("friend", 40, role="friend")
+    scene.pod("turncoat", 41, role="friend")
+    scene.pod("loyal", 42, role="friend")
+    scene.policy("p09", make.pods(role="other"))
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        (peers,) = scene.sets_with("10.0.1.40")
+        for name in [f"p{n:02}" for n in range(POLICIES) if n not in (8, 9)]:
+            scene.graph.remove_policy(ObjectKey("a", name))
+        scene.tables.refuses = nameless(scene.chain("p08"))
+        scene.policy("p08", make.pods(role="other"))
+        assert await scene.told()
+        assert refused(scene) == ["p08"]
+        assert scene.sets_with("10.0.1.40") == [peers]
+        scene.graph.remove_pod(ObjectKey("a", "friend"))
+        assert await scene.told()
+        scene.pod("stranger", 40, role="stranger")
+        scene.pod("turncoat", 41, role="enemy")
+        assert await scene.told()
+        assert scene.sets_with("10.0.1.40") == scene.sets_with("10.0.1.41") == []
+        assert scene.sets_with("10.0.1.42") == [peers]
+        assert not await until(lambda: room.status.drifts > 0, 1.0), room.status.drift
+
+
+async def test_a_set_that_takes_nothing_more_still_lets_go(scene: Scene) -> None:
+    scene.pod("friend", 40, role="friend")
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        (peers,) = scene.sets_with("10.0.1.40")
+        apply = scene.sets.apply
+
+        def full(tx: SetTransaction) -> None:
+            for op in tx.ops:
+                if isinstance(op, AddMembers) and op.spec.name == peers:
+                    raise SetError("the set is full", name=peers, code=4352)
+            apply(tx)
+
+        scene.sets.apply = full  # type: ignore[method-assign]
+        scene.pod("more", 41, role="friend")
+        assert await scene.told()
+        assert len(refused(scene)) == POLICIES
+        scene.graph.remove_pod(ObjectKey("a", "friend"))
+        assert await scene.told()
+        assert scene.sets_with("10.0.1.40") == []
+        assert not await until(lambda: room.status.drifts > 0, 1.0), room.status.drift
+
+
+async def test_another_agent_keeps_what_the_last_one_kept(scene: Scene) -> None:
+    """It does not know whose the entries are that it finds, and takes them for those of its pods."""
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        chains = set(scene.tables.table(TABLE, Family.V4).chains)
+
+        def refuses(tx: TableTransaction) -> Exception | None:
+            new = [n for n in tx.replace if n.startswith("KNP-PI-") and n not in chains]
+            return nameless(*new)(tx)
+
+        scene.tables.refuses = refuses
+        # The pod of p09 would go to a new class, which it cannot.
+        scene.policy("p08", make.pods(role="other"), role="p09")
+        assert await scene.told()
+        assert refused(scene) == ["p08"]
+        before = [scene.number(n, Family.V4) for n in range(2, POLICIES + 2)]
+        assert before[9] not in {None, UNKNOWN}
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        assert refused(scene) == ["p08"]
+        assert [scene.number(n, Family.V4) for n in range(2, POLICIES + 2)] == before
+        assert not await until(lambda: room.status.drifts > 0, 1.5), room.status.drift

@@ -22,7 +22,9 @@ from netpol.render import names
 from netpol.render.options import DenyWith
 from netpol.render.reject import TABLE as FILTER
 from netpol.render.static import TABLE as MANGLE
+from tests import builders as make
 from tests.prop import churn
+from tests.unit.enforce.rooms import Scene, until
 
 T = TypeVar("T")
 
@@ -175,3 +177,25 @@ async def test_a_filter_that_cannot_be_read_means_drops_until_it_can(node: Node)
     assert node.dataplane.reject_fault == ""
     assert node.dataplane.options.rejects
     assert await node.drift() == ""
+
+
+async def test_policy_goes_on_where_filter_takes_no_answers() -> None:
+    """Readable, but without REJECT: it drops, says so, and does not try without end."""
+    scene = Scene()
+    scene.options = replace(scene.options, deny_with=DenyWith.REJECT)
+    scene.pod("web", 2, role="web")
+    scene.policy("web", make.pods(role="db"))
+    refused = TableError("refused", retryable=False, got="no REJECT")
+    scene.tables.refuses = lambda tx: refused if tx.table == FILTER and tx.replace else None
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        assert "no REJECT" in room.dataplane.reject_fault
+        assert all(scene.has("web", f) and scene.number(2, f) for f in FAMILIES)
+        scene.policy("web", make.pods(role="x"))
+        assert await scene.told()
+        assert all(scene.has("web", f) for f in FAMILIES)
+        before = room.status.reconciles
+        assert not await until(lambda: room.status.reconciles > before, 1.5), room.status
+        room.resync()
+        assert await until(lambda: room.status.reconciles > before and room.in_sync)
+        assert "no REJECT" in room.dataplane.reject_fault
