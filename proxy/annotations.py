@@ -93,6 +93,11 @@ def read(annotations: Labels, default_scheduler: str) -> Wishes:
     return _Reader(annotations).wishes(default_scheduler)
 
 
+def wants_tunnel(annotations: Labels) -> bool:
+    """Whether a Service asks for direct server return."""
+    return read(annotations, SCHEDULERS[0]).tunnel
+
+
 def slice_weight(annotations: Labels) -> int | None:
     """The weight of an EndpointSlice's endpoints; None where none is given or it cannot be read."""
     text = dict(annotations).get(SLICE_WEIGHT)

@@ -208,9 +208,7 @@ class Applier:
 
     def is_ours(self, id_: ServerId) -> bool:
         """Whether a server that the kernel has is ours."""
-        ledger = self._ledger.ledger
-        on_link = not id_.fwmark and id_.address in self._link
-        return id_ in ledger.ours or (on_link and id_ not in ledger.foreign)
+        return self._ledger.ledger.owns(id_, self._link)
 
     def _have(self, before: Server | None) -> Have | None:
         """What the kernel has of a server that is in no trouble."""

@@ -18,7 +18,8 @@ from netpol.model.ids import ObjectKey
 from netpol.model.net import Prefix, format_address, host_prefix
 from netpol.model.objects import EndpointSlice, Node, Service
 from proxy.addresses import Forbidden
-from proxy.plan import ProxyOptions, forbid_node, plan_service
+from proxy.annotations import wants_tunnel
+from proxy.plan import Hidden, ProxyOptions, forbid_node, plan_service
 from proxy.rows import Kind, Reason, Refused, RowKey, ServicePlan, ServiceRow
 
 #: The Service of the API server: its endpoints are the servers' own addresses.
@@ -31,12 +32,23 @@ _Age = tuple[bool, str, ObjectKey]
 class Tracker:
     """Follows the objects and says which plans have changed.
 
+    Args:
+        hidden: says why a tunnel must not lead to a pod; whoever it is tells when that changes.
+
     Attributes:
         planned: how many Services were planned so far, each time counted.
     """
 
-    def __init__(self, node: str, options: ProxyOptions | None = None) -> None:
+    def __init__(
+        self,
+        node: str,
+        options: ProxyOptions | None = None,
+        *,
+        hidden: Hidden = lambda _: None,
+    ) -> None:
         self.planned = 0
+        self._hidden = hidden
+        self._direct: dict[ObjectKey, None] = {}  # Services that want direct server return
         self._name = node
         self._options = options or ProxyOptions()
         self._services: dict[ObjectKey, Service] = {}
@@ -68,6 +80,10 @@ class Tracker:
         else:
             self._services[key] = after
         self._dirty[key] = None
+        if after is not None and wants_tunnel(after.annotations):
+            self._direct[key] = None
+        else:
+            self._direct.pop(key, None)
         self._index(self._outside, key, _outside(known), _outside(after))
         ips, new_ips = _cluster_ips(known), _cluster_ips(after)
         self._index(self._cluster_ips, key, ips, new_ips)
@@ -154,6 +170,8 @@ class Tracker:
             self._forbidden.remove(block, owner)
         options.forbid(self._forbidden)
         self._recheck({block for block, _ in gone ^ new})
+        if old.no_direct_return != options.no_direct_return:
+            self.recheck_direct()
         narrowed = (old.external_cidrs, old.balancer_pools) != (
             options.external_cidrs,
             options.balancer_pools,
@@ -167,6 +185,15 @@ class Tracker:
                     node_ports and any(p.node_port for p in service.ports)
                 ):
                     self._dirty[key] = None
+
+    @property
+    def wants_direct(self) -> bool:
+        """Whether a Service wants direct server return."""
+        return bool(self._direct)
+
+    def recheck_direct(self) -> None:
+        """Where a tunnel may lead is to be asked anew."""
+        self._dirty.update(self._direct)
 
     # -- what became of it ----------------------------------------------------------------------
 
@@ -213,8 +240,15 @@ class Tracker:
             node,
             self._options,
             refusal=self._refusal,
+            hidden=self._no_end,
             explain=explain,
         )
+
+    def _no_end(self, address: bytes) -> str | None:
+        for node in self._nodes.values():
+            if address in node.addresses:
+                return f"endpoint {format_address(address)} is node {node.name} itself"
+        return self._hidden(address)
 
     def _refusal(self, address: bytes) -> str | None:
         why = self._forbidden.why(address)

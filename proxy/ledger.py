@@ -14,7 +14,7 @@ unreadable, and then only what stands on an address of our own link counts as ou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -66,6 +66,15 @@ class Ledger:
                 self.ours.pop(server, None)
                 self.foreign.discard(server)
         return news
+
+    def owns(self, server: ServerId, on_link: Container[bytes]) -> bool:
+        """Whether a server that the kernel has is ours, by what is known and the addresses of our link.
+
+        Somebody's server that stood before its address came to our link stays somebody's.
+        """
+        if server in self.ours:
+            return True
+        return not server.fwmark and server.address in on_link and server not in self.foreign
 
     @property
     def marks(self) -> Mapping[MarkKey, int]:

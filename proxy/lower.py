@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from netpol.model.ids import Protocol, SetName
+from netpol.model.ids import ObjectKey, Protocol, SetName
 from netpol.model.ipvs import (
     SCHED_FLAG_1,
     ForwardMethod,
@@ -28,7 +28,7 @@ from netpol.model.ipvs import (
     ServerId,
     VirtualServer,
 )
-from netpol.model.net import Family, Prefix
+from netpol.model.net import Family, Prefix, host_prefix
 from netpol.model.ruleset import AddressPort, AddressPortNet, Member
 from proxy import names
 from proxy.marks import MarkKey
@@ -98,6 +98,16 @@ class KernelPart:
     entries: tuple[Entry, ...] = ()
     marks: tuple[MarkKey, ...] = ()
     faults: tuple[str, ...] = ()
+
+
+#: Who wants what `lower_pods` makes; no Service has such a name.
+PODS = ObjectKey("", "pods")
+
+
+def lower_pods(addresses: Iterable[bytes]) -> KernelPart | None:
+    """What the kernel must have of pods on this node that are outside of its pod ranges; None for nothing."""
+    entries = tuple(Entry(names.POD[_family(a)].name, host_prefix(a)) for a in sorted(addresses))
+    return KernelPart(entries=entries) if entries else None
 
 
 def server_id(row: ServiceRow) -> ServerId:
@@ -194,8 +204,11 @@ def _apart(plan: ServicePlan, row: ServiceRow) -> bool:
     """Whether clients on this node have a server of their own.
 
     With a Local policy always: it must not come and go, with all its connections, whenever the last
-    endpoint of another node does.
+    endpoint of another node does. With tunnels as well: the answer to a client of this node would come
+    from an address that is this node's own, and policy would judge the client by the tunnel.
     """
+    if row.tunnel:
+        return True
     if plan.policy_local and row.kind is not Kind.CLUSTER_IP:
         return True
     return _weighted(row.local_client_backends) != _weighted(row.backends)

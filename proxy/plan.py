@@ -10,8 +10,8 @@ has a ClusterIP of that family.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from netpol.model.ids import Protocol
 from netpol.model.net import Family, Prefix, family_of, format_address, prefixes_of
@@ -41,6 +41,10 @@ _ORDER = {kind: i for i, kind in enumerate(Kind)}
 #: Why a Service is skipped that has not got an address yet.
 NO_ADDRESS = "it has no ClusterIP"
 
+#: Says of a pod's address why a tunnel must not lead there; "" where that is not known (yet), None for
+#: nothing that speaks against it.
+Hidden = Callable[[bytes], str | None]
+
 _OUTSIDE = (Kind.EXTERNAL_IP, Kind.LOAD_BALANCER)
 _NAMES = {Kind.EXTERNAL_IP: "external IP", Kind.LOAD_BALANCER: "load balancer address"}
 
@@ -54,7 +58,7 @@ class ProxyOptions:
         nodeport_cidrs: the node's addresses that NodePorts are served on; empty for all.
         external_cidrs: where external and load balancers' addresses must lie; empty for anywhere.
         balancer_pools: from where addresses are given to load balancers; these may always be served.
-        direct_return: whether tunnels to pods end somewhere; without it packets return by this node.
+        no_direct_return: why this node makes no tunnels; then packets return by it.
         node_addresses: those of this machine, besides those in the Node's status.
         service_ranges, pod_ranges, api_servers, gateways, bgp_peers: what no Service may take.
     """
@@ -63,7 +67,7 @@ class ProxyOptions:
     nodeport_cidrs: tuple[Prefix, ...] = ()
     external_cidrs: tuple[Prefix, ...] = ()
     balancer_pools: tuple[AddressRange, ...] = ()
-    direct_return: bool = True
+    no_direct_return: str = ""
     node_addresses: tuple[bytes, ...] = ()
     service_ranges: tuple[Prefix, ...] = ()
     pod_ranges: tuple[Prefix, ...] = ()
@@ -115,6 +119,7 @@ def plan_service(
     options: ProxyOptions,
     *,
     refusal: Refusal | None = None,
+    hidden: Hidden = lambda _: None,
     explain: bool = True,
 ) -> ServicePlan:
     """Plan one Service on one node.
@@ -125,6 +130,7 @@ def plan_service(
         node: this node.
         options: what holds for all Services.
         refusal: says why an external address is refused; without it, by options and node alone.
+        hidden: says why a tunnel must not lead to a pod.
         explain: whether to say of endpoints why they are not used.
     """
     why = skipped(service)
@@ -135,7 +141,8 @@ def plan_service(
         options.forbid(forbidden)
         forbid_node(forbidden, node)
         refusal = forbidden.why
-    return _Planner(service, slices, node, options, refusal, explain=explain).plan()
+    planner = _Planner(service, slices, node, options, refusal, hidden=hidden, explain=explain)
+    return planner.plan()
 
 
 class _Planner:
@@ -149,10 +156,11 @@ class _Planner:
         options: ProxyOptions,
         refusal: Refusal,
         *,
+        hidden: Hidden,
         explain: bool,
     ) -> None:
         self._service, self._node, self._options, self._explain = service, node, options, explain
-        self._refusal = refusal
+        self._refusal, self._hidden = refusal, hidden
         self._slices = endpoints.usable(slices)
         self._wishes: Wishes = read_annotations(service.annotations, options.scheduler)
         self._refused: list[Refused] = list(self._wishes.refused)
@@ -263,6 +271,9 @@ class _Planner:
             if kind is Kind.NODE_PORT and not port.node_port:
                 continue
             row = self._row(kind, address, port, choice=choice, scheduler=scheduler)
+            if row is not None and kind in _OUTSIDE and self._tunnel(row, found):
+                ends = tuple(dict.fromkeys(c.address for c in found if self._ends_here(c)))
+                row = replace(row, tunnel=True, ends=ends)
             if row is not None:
                 self._add(row)
         if self._explain:
@@ -301,31 +312,36 @@ class _Planner:
             backends=backends,
             local_client_backends=local_clients,
             action=action,
-            tunnel=kind in _OUTSIDE and self._tunnel(address, number, port, backends),
         )
 
-    def _tunnel(
-        self, address: bytes, number: int, port: ServicePort, backends: Sequence[Backend]
-    ) -> bool:
-        """Whether packets go in a tunnel: they keep their port then, which a backend must listen on."""
+    def _tunnel(self, row: ServiceRow, found: Sequence[Candidate]) -> bool:
+        """Whether packets go in a tunnel.
+
+        All endpoints are asked, not only those that this node uses: all nodes must come to one answer,
+        since the tunnel of one ends on another.
+        """
         if not self._wishes.tunnel:
             return False
-        if not self._options.direct_return:
-            text = (
-                f"direct server return of {format_address(address)}:{number}/{port.protocol}: this "
-                "version makes no tunnels in pods; packets return by this node"
-            )
-            self._refused.append(Refused(Reason.DIRECT_RETURN_REFUSED, text))
-            return False
-        other = next((b.port for b in backends if b.port != number), None)
-        if other is None:
-            return True
-        text = (
-            f"direct server return of {format_address(address)}:{number}/{port.protocol}: endpoints "
-            f"listen on {other}, and a tunnel cannot change the port; packets return by this node"
+        why = self._options.no_direct_return or next(
+            filter(None, (self._no_tunnel(row, c) for c in found)), ""
         )
-        self._refused.append(Refused(Reason.DIRECT_RETURN_REFUSED, text))
-        return False
+        if why:
+            what = f"direct server return of {_dialled(row.key)}"
+            text = f"{what}: {why}; packets return by the node that the client reached"
+            self._refused.append(Refused(Reason.DIRECT_RETURN_REFUSED, text))
+        return not why
+
+    def _no_tunnel(self, row: ServiceRow, one: Candidate) -> str | None:
+        shown = format_address(one.address)
+        if one.port != row.port:
+            # Packets keep the port that was dialled.
+            return f"endpoint {shown} listens on {one.port}, and a tunnel cannot change the port"
+        if not one.node:
+            return f"endpoint {shown} is no pod"
+        return self._hidden(one.address)
+
+    def _ends_here(self, one: Candidate) -> bool:
+        return one.local and self._hidden(one.address) is None
 
     def _add(self, row: ServiceRow) -> None:
         """Take a row in; the same address can be given twice, as external and as load balancer's."""

@@ -59,6 +59,7 @@ class ServiceRow:
         backends, action: for a client outside the cluster.
         local_client_backends: for pods of this node and the node itself; differs with a Local policy.
         tunnel: direct server return: packets go to the backends in a tunnel, and keep their address.
+        ends: endpoints of this node that such tunnels, from any node, may lead to.
     """
 
     service: ObjectKey
@@ -75,6 +76,7 @@ class ServiceRow:
     local_client_backends: tuple[Backend, ...] = ()
     action: Action = Action.FORWARD
     tunnel: bool = False
+    ends: tuple[bytes, ...] = ()
 
     @property
     def key(self) -> RowKey:

@@ -22,8 +22,8 @@ class SyncOptions:
         tcp_s, tcp_fin_s, udp_s: how long IPVS keeps idle connections; 0 leaves a time as it is.
     """
 
-    mark_mask: int = 0x000FFF00
-    drain_s: float = 900.0
+    mark_mask: int
+    drain_s: float = 30.0
     tcp_s: int = 0
     tcp_fin_s: int = 0
     udp_s: int = 0

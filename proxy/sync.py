@@ -28,7 +28,7 @@ from proxy.apply import Applier, Drivers
 from proxy.desired import Desired
 from proxy.ledger_file import LedgerFile
 from proxy.look import Look, Touched
-from proxy.lower import KernelPart, lower
+from proxy.lower import PODS, KernelPart, lower, lower_pods
 from proxy.marks import MarkKey, Marks
 from proxy.rows import ServicePlan
 from proxy.status import Live, RoomStatus, SyncOptions
@@ -67,12 +67,12 @@ class ProxyRoom:
         *,
         ledger: LedgerFile,
         static: Callable[[], Static],
-        options: SyncOptions | None = None,
+        options: SyncOptions,
         sysctls: Callable[[], Sequence[str]] = tuple,
         clock: Clock | None = None,
         applied: Callable[[], None] = lambda: None,
     ) -> None:
-        self._options = options or SyncOptions()
+        self._options = options
         self._drivers, self._static, self._sysctls = drivers, static, sysctls
         self._tell_applied = applied
         self._clock = clock or SystemClock()
@@ -80,6 +80,8 @@ class ProxyRoom:
         self._desired = Desired()
         self._marks = Marks(self._options.mark_mask)
         self._pending: dict[ObjectKey, ServicePlan | None] = {}
+        self._pods: frozenset[bytes] = frozenset()
+        self._pods_moved = False
         self._faulty: dict[ObjectKey, ServicePlan] = {}  # lacked something that may be there later
         self.status = RoomStatus()
         self.generation = 0
@@ -109,8 +111,17 @@ class ProxyRoom:
         """Some Services are planned otherwise; None is a Service that is gone."""
         if not plans:
             return
-        self.generation += 1
         self._pending.update(plans)
+        self._mark()
+
+    def pods(self, addresses: frozenset[bytes]) -> None:
+        """Pods on this node that are outside of the ranges that `static` tells."""
+        if addresses != self._pods:
+            self._pods, self._pods_moved = addresses, True
+            self._mark()
+
+    def _mark(self) -> None:
+        self.generation += 1
         if self._told_at_s is None:
             self._told_at_s = self._clock.monotonic()
         if self._started:
@@ -165,7 +176,7 @@ class ProxyRoom:
             self._told_at_s = None
             if self._dirty:
                 await self._reconcile()
-            elif self._pending:
+            elif self._pending or self._pods_moved:
                 await self._changes()
             self.status.applied_generation = generation
             self.status.applied_at_s = now_s = self._clock.monotonic()
@@ -181,7 +192,7 @@ class ProxyRoom:
         """Something was applied: tell, and see what is due when."""
         applier, status, now_s = self._applier, self.status, self._clock.monotonic()
         status.operations = applier.ops
-        status.services = len(self._desired.parts)
+        status.services = len(self._desired.parts.keys() - {PODS})
         status.servers, status.vips = len(self._desired.servers), len(self._desired.vips)
         status.draining = len(applier.drains)
         status.foreign = applier.foreign
@@ -241,6 +252,9 @@ class ProxyRoom:
         plans: dict[ObjectKey, ServicePlan | None] = {**self._faulty, **self._pending}
         self._pending, self._faulty = {}, {}
         parts: dict[ObjectKey, KernelPart | None] = {}
+        if self._pods_moved:
+            self._pods_moved = False
+            parts[PODS] = lower_pods(self._pods)
         for service, plan in plans.items():
             parts[service] = None
             if plan is not None:

@@ -15,7 +15,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,13 @@ from netpol.kernel.tables import RestoreTables
 from netpol.kernel.variant import detect
 from netpol.lib.errors import InputError, KernelMissingError, NetpolError, NoAnswerError
 from netpol.model.net import FAMILIES
+from netpol.model.ruleset import AddressPort
+from netpol.render.options import AnswerLink
 
 if TYPE_CHECKING:
     from netpol.agent.proxy import ProxyPart
     from netpol.agent.routes import RoutesPart
+    from netpol.kernel.dsr import PodLink
 
 _log = structlog.get_logger("netpol")
 
@@ -152,6 +155,7 @@ class Agent:
             raise KernelMissingError("this machine", needed="; ".join(lacks))
         for family, lacking in missing.items():  # the other works; the room says what fails
             _log.error("one family only", without=f"IPv{family}", needed="; ".join(lacking))
+        self.proxy: ProxyPart | None = None
         self.policy = (
             PolicyPart(
                 settings,
@@ -159,11 +163,14 @@ class Agent:
                 tables=_table_driver(variant),
                 clock=self._clock,
                 applied=self._applied,
+                all_pods=lambda: self.proxy is not None and self.proxy.wants_direct,
+                isolation=self._isolation_changed,
             )
             if settings.policy
             else None
         )
-        self.proxy = self._proxy_part(variant) if settings.proxy else None
+        if settings.proxy:
+            self.proxy = self._proxy_part(variant)
         self.routes = self._routes_part(variant) if settings.routes else None
         if self.proxy is not None and self.routes is not None:
             self.proxy.forbid(bgp_peers=[p.address for p in self.routes.room.options.peers])
@@ -188,8 +195,14 @@ class Agent:
     def _proxy_part(self, variant: Variant) -> ProxyPart:
         # Only here: without the proxy none of it is loaded.
         from netpol.agent.proxy import ProxyPart
-        from netpol.agent.proxy_node import kernel_drivers
+        from netpol.agent.proxy_node import (
+            kernel_drivers,
+            missing_for_direct_return,
+            pod_tunnels,
+        )
 
+        policy = self.policy
+        lacks = missing_for_direct_return(variant, judged=policy is not None)
         return ProxyPart(
             self.settings,
             drivers=kernel_drivers(variant, mark_mask=self.settings.service_mask),
@@ -198,13 +211,32 @@ class Agent:
             applied=self._applied,
             served=self._facts.hasten_ipvs,
             told=self._tell,
+            tunnels=pod_tunnels(self.settings),
+            no_direct_return=lacks,
+            hidden=policy.hidden if policy is not None else lambda _: None,
+            answers=self._answers,
         )
+
+    def _isolation_changed(self) -> None:
+        """Pods or policies changed."""
+        if self.proxy is not None:
+            self.proxy.recheck_direct()
+
+    def _answers(
+        self, ports: Iterable[AddressPort], links: Iterable[tuple[bytes, PodLink]]
+    ) -> None:
+        """Pods of this node answer with Services' addresses, and policy must know where."""
+        where = [AnswerLink(vip, link.name, link.port) for vip, link in links]
+        if self._facts.answer_from(ports, where) and self.policy is not None:
+            self.policy.room.resync()
 
     def _routes_part(self, variant: Variant) -> RoutesPart:
         # Only here: without routes none of it is loaded.
         from netpol.agent.routes import RoutesPart
 
-        return RoutesPart(self.settings, variant=variant, clock=self._clock)
+        return RoutesPart(
+            self.settings, variant=variant, clock=self._clock, cni_written=self._facts.hasten
+        )
 
     def _operations(self) -> dict[str, Handler]:
         found: dict[str, Handler] = {
@@ -231,6 +263,8 @@ class Agent:
             self._frozen = True
             gc.collect()
             gc.freeze()
+        if self.policy is not None:
+            self.policy.need_peers()
         self._tell()
 
     def _tell(self) -> None:

@@ -42,6 +42,7 @@ from netpol.kernel.nflog import NflogReader, interface_name
 from netpol.kernel.sets import NetlinkSets
 from netpol.lib.errors import NetpolError, NoAnswerError
 from netpol.model.ids import ObjectKey
+from netpol.model.net import format_address
 from netpol.model.objects import Endpoint
 from netpol.policy.graph import Graph
 
@@ -50,7 +51,7 @@ _log = structlog.get_logger("netpol")
 #: The watch of the cluster's pods stays this long after the last policy that needs it went.
 PEERS_LINGER_S = 60.0
 _CLUSTER_PODS = "cluster pods"
-_LOCAL_PODS = "local pods"
+_LOCAL_PODS = informers.LOCAL_PODS
 
 
 class PolicyPart:
@@ -58,6 +59,8 @@ class PolicyPart:
 
     Args:
         applied: told after every apply.
+        all_pods: whether somebody else needs to know all pods of the cluster.
+        isolation: told when other pods may be isolated than before.
     """
 
     name = "policy"
@@ -70,7 +73,10 @@ class PolicyPart:
         tables: TableDriver,
         clock: Clock,
         applied: Callable[[], None],
+        all_pods: Callable[[], bool] = lambda: False,
+        isolation: Callable[[], None] = lambda: None,
     ) -> None:
+        self._all_pods, self._tell_isolation = all_pods, isolation
         self._settings, self._facts, self._clock = settings, facts, clock
         self._tell_applied = applied
         self._tables = tables
@@ -85,7 +91,7 @@ class PolicyPart:
             before_reconcile=facts.options,
             applied=self._applied,
         )
-        self.feed = Feed(self.graph, self.room.changed, cluster=self._cluster_pod)
+        self.feed = Feed(self.graph, self._fed, cluster=self._cluster_pod)
         self._api: Api | None = None
         self._watches: informers.InformerSet | None = None
         self._peers_since_s = 0.0
@@ -110,6 +116,30 @@ class PolicyPart:
         self._sink: LineSink | None = None
         self._audit: AuditWorker | None = None
         self._audit_fault = ""
+
+    def _fed(self) -> None:
+        self.room.changed()
+        self._tell_isolation()
+
+    def need_peers(self) -> None:
+        """Somebody may need to know all pods from now on."""
+        if self._lacks_peers():
+            self._peers_wake.set()
+
+    def hidden(self, address: bytes) -> str | None:
+        """Why policy would not see what a tunnel brings to a pod; "" for a pod that is not known (yet).
+
+        A packet in a tunnel is not judged, and an answer with a Service's address looks like any packet:
+        neither may lead to, or come from, a pod that is isolated.
+        """
+        try:
+            found = self.graph.isolating(address)
+        except KeyError:
+            return ""
+        if found is None:
+            return None
+        policy, direction = found
+        return f"policy {policy} isolates endpoint {format_address(address)} ({direction})"
 
     # -- who asks whom ----------------------------------------------------------------------
 
@@ -219,7 +249,7 @@ class PolicyPart:
             return
         running = watches.get(_CLUSTER_PODS) is not None
         now_s = self._clock.monotonic()
-        if self.graph.needs_peers:
+        if self.graph.needs_peers or self._all_pods():
             self._peers_since_s = now_s
             if not running:
                 informer = watches.start(
@@ -235,7 +265,8 @@ class PolicyPart:
         """Whether a policy in force needs the cluster's pods, whose watch was not started yet."""
         if self._watches is None:
             return False
-        return self.graph.needs_peers and self._watches.get(_CLUSTER_PODS) is None
+        needs = self.graph.needs_peers or self._all_pods()
+        return needs and self._watches.get(_CLUSTER_PODS) is None
 
     def reopen_logs(self) -> None:
         """Open the audit log anew, after a rotation (SIGHUP)."""

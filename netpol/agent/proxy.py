@@ -19,6 +19,7 @@ import structlog
 from prometheus_client.core import Metric
 
 from netpol.agent import proxy_node, proxy_view
+from netpol.agent.direct import Answers, DirectReturn, Tunnels
 from netpol.agent.parts import Standing
 from netpol.aio.clock import Clock
 from netpol.aio.tasks import TaskSet
@@ -27,13 +28,13 @@ from netpol.k8s.api import Api
 from netpol.k8s.cache import Change, Store
 from netpol.k8s.decode import KINDS
 from netpol.k8s.events import Complaint, Subject
-from netpol.k8s.informers import InformerSet
+from netpol.k8s.informers import LOCAL_PODS, InformerSet, pods_on
 from netpol.k8s.lease import Elector
 from netpol.kernel.kept_sysctls import FILE as SYSCTLS_FILE
 from netpol.kernel.kept_sysctls import KeptSysctls, service_sysctls
 from netpol.model.ids import ObjectKey, SetName
 from netpol.model.net import FAMILIES, Family, Prefix, family_of, format_address, parse_prefix
-from netpol.model.objects import EndpointSlice, Node, Service
+from netpol.model.objects import Endpoint, EndpointSlice, Node, Service
 from netpol.model.pools import parse_range
 from netpol.model.ruleset import Members
 from proxy import names, rules
@@ -42,7 +43,7 @@ from proxy.changes import Tracker
 from proxy.health import HealthEndpoint, HealthPorts, ProxyHealth
 from proxy.lbcontroller import LEASE_NAME, LEASE_NAMESPACE, LoadBalancerController
 from proxy.ledger_file import LedgerFile
-from proxy.plan import ProxyOptions
+from proxy.plan import Hidden, ProxyOptions
 from proxy.rows import ServicePlan
 from proxy.status import SyncOptions
 from proxy.sync import ProxyRoom
@@ -74,6 +75,10 @@ class ProxyPart:
         applied: told after every apply.
         served: told when IPVS may serve something else.
         told: there may be something new to tell by Events.
+        tunnels: makes the ends of direct server return in pods; without it there is none.
+        no_direct_return: why there is none, in words.
+        hidden: says why such a tunnel must not lead to a pod.
+        answers: told where answers of a Service's address may come in.
     """
 
     name = "proxy"
@@ -89,6 +94,10 @@ class ProxyPart:
         told: Callable[[], None],
         served: Callable[[], None] = lambda: None,
         sysctls: Callable[[], list[str]] | None = None,
+        tunnels: Tunnels | None = None,
+        no_direct_return: str = "",
+        hidden: Hidden = lambda _: None,
+        answers: Answers = lambda _ports, _links: None,
     ) -> None:
         self._settings, self._facts, self._clock = settings, facts, clock
         self.node = settings.node
@@ -103,8 +112,14 @@ class ProxyPart:
         }
         self._nodes: Store[Node] | None = None
         self._services: Store[Service] | None = None
+        self._tasks: TaskSet | None = None
+        self._pods: Store[Endpoint] | None = None
         self._static = self._static_now()
-        self.tracker = Tracker(settings.node, self._options())
+        self._no_direct = no_direct_return or ("" if tunnels else "this agent makes no tunnels")
+        self.direct = (
+            DirectReturn(tunnels, answers=answers, told=told) if tunnels is not None else None
+        )
+        self.tracker = Tracker(settings.node, self._options(), hidden=hidden)
         kept = KeptSysctls(service_sysctls(), run_dir / SYSCTLS_FILE)
         if sysctls is None:
             kept.remember()  # now: policy keeps some of them, too
@@ -161,7 +176,10 @@ class ProxyPart:
         slices.store.subscribe(self._slice)
         nodes = watches.start(KINDS["Node"])
         nodes.store.subscribe(self._node)
-        self._services, self._nodes = services.store, nodes.store
+        pods = watches.share(KINDS["Pod"], name=LOCAL_PODS, selection=pods_on(self._settings.node))
+        pods.store.subscribe(self._pod)
+        self._services, self._nodes, self._pods = services.store, nodes.store, pods.store
+        self._tasks = tasks
         tasks.spawn("proxy room", self.room.run_forever())
         tasks.spawn("health ports", self.ports.run_forever())
         tasks.spawn("gateways", proxy_node.watch_gateways(lambda g: self.forbid(gateways=g)))
@@ -201,6 +219,8 @@ class ProxyPart:
         self._refresh_node()
         self._flush()
         self.room.start()
+        if self.direct is not None and self._tasks is not None:
+            self._tasks.spawn("direct server return", self.direct.run_forever())
 
     async def stop(self) -> None:
         """Stop answering; what is in the kernel stays. Tasks are ended by who started them."""
@@ -223,6 +243,16 @@ class ProxyPart:
             self._refresh_node()
         self._ask_flush()
 
+    def _pod(self, change: Change[Endpoint]) -> None:
+        if _addresses(change.before) != _addresses(change.after):
+            self._tell_pods()
+
+    def _tell_pods(self) -> None:
+        """Where a CNI gives pods addresses from elsewhere (Calico, ENI), ranges do not say whose they are."""
+        ranges, pods = self._pod_ranges(), self._pods or ()
+        own = {a for pod in pods for a in _addresses(pod)}
+        self.room.pods(frozenset(a for a in own if not any(r.contains(a) for r in ranges)))
+
     def _refresh_node(self) -> None:
         node = self._own_node()
         if self.in_sync:
@@ -236,6 +266,7 @@ class ProxyPart:
         if static != self._static:
             self._static = static
             self.room.resync()
+        self._tell_pods()
         self.ports.listen_on(self._health_hosts())
         self._ask_flush()
 
@@ -264,7 +295,7 @@ class ProxyPart:
             scheduler=s.ipvs_scheduler,
             nodeport_cidrs=_prefixes(s.nodeport_addresses),
             external_cidrs=_prefixes(s.external_ip_cidr),
-            direct_return=False,
+            no_direct_return=self._no_direct,
             balancer_pools=tuple(parse_range(p) for p in s.loadbalancer_pools),
             node_addresses=self._facts.addresses,
             service_ranges=_prefixes(s.service_ranges),
@@ -303,6 +334,17 @@ class ProxyPart:
         own = [a for a in self._facts.addresses if any(c.contains(a) for c in cidrs)]
         return tuple(map(format_address, own)) or ("127.0.0.1",)
 
+    @property
+    def wants_direct(self) -> bool:
+        """Whether a Service wants direct server return."""
+        return self.direct is not None and self.tracker.wants_direct
+
+    def recheck_direct(self) -> None:
+        """Pods or policies are otherwise: tunnels may have to lead elsewhere."""
+        if self.wants_direct:
+            self.tracker.recheck_direct()
+            self._ask_flush()
+
     def _ask_flush(self) -> None:
         """Plan soon: what comes in one turn of the loop is planned together."""
         if self.in_sync and not self._flush_asked:
@@ -316,6 +358,8 @@ class ProxyPart:
             return
         self.health.queued()
         self.room.changed(plans)
+        if self.direct is not None:
+            self.direct.changed(plans)
         for key, plan in plans.items():
             self._heed(key, plan)
         self._told()
@@ -366,6 +410,9 @@ class ProxyPart:
         for key, why in sorted(self.room.errors.items()):
             what = f"Service {key}" if key.name else "what no Service wants any more"
             out += [f"{what}: {reason}" for reason in why]
+        if self.direct is not None:
+            out += [f"proxy: {self.direct.error}"] if self.direct.error else []
+            out += [f"Service {k}: {why}" for k, v in self.direct.faults.items() for why in v]
         return out + [f"Service {key}: {why}" for key, why in sorted(self.ports.faults.items())]
 
     def complaints(self) -> Iterator[Complaint]:
@@ -379,6 +426,9 @@ class ProxyPart:
             if key.name:
                 text = f"not served as written on node {node}: {'; '.join(why)}"
                 yield Complaint(self._subject(key), "NotApplied", text)
+        for key, why in sorted(self.direct.faults.items() if self.direct else ()):
+            text = f"on node {node}: {'; '.join(why)}"
+            yield Complaint(self._subject(key), "DirectReturn", text)
         for key, fault in sorted(self.ports.faults.items()):
             yield Complaint(self._subject(key), "HealthPort", f"on node {node}: {fault}")
         for key, faults in sorted(self.balancer.faults.items() if self.balancer else ()):
@@ -403,6 +453,11 @@ class ProxyPart:
     def services_op(self, args: dict[str, Any]) -> AsyncIterator[Any]:
         """Answer `services`; see proxy_view."""
         return proxy_view.services(self, args)
+
+
+def _addresses(pod: Endpoint | None) -> tuple[bytes, ...]:
+    """Those that are a pod's own."""
+    return pod.addresses if pod is not None and pod.policed else ()
 
 
 def _prefixes(texts: Iterable[str]) -> tuple[Prefix, ...]:

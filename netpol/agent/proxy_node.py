@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import structlog
@@ -14,6 +15,8 @@ from pyroute2 import IPRoute
 from netpol.config import Settings, service_address_fault
 from netpol.kernel.conntrack import NetlinkFlows
 from netpol.kernel.drivers import CreateSet, SetTransaction, TableTransaction, Variant
+from netpol.kernel.dsr import SYSCTLS_FILE as DIRECT_SYSCTLS_FILE
+from netpol.kernel.dsr import PodTunnels, lacking
 from netpol.kernel.ipvs_table import NetlinkIpvs
 from netpol.kernel.kubeproxy import leftover_chains, running_kube_proxy
 from netpol.kernel.netns import in_new_netns
@@ -21,8 +24,9 @@ from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
 from netpol.kernel.vips import DummyVips
 from netpol.lib.errors import InputError, NetpolError, NoAnswerError
-from netpol.model.ids import SERVICES
+from netpol.model.ids import SERVICES, ChainName
 from netpol.model.net import FAMILIES, Family, parse_address
+from netpol.model.ruleset import InPort, Return, Rule
 from proxy import names, rules
 from proxy.apply import Drivers
 
@@ -98,6 +102,31 @@ def _lacking_rules(variant: Variant, family: Family, mark_mask: int) -> Iterator
             )
         except NetpolError as e:
             yield str(e)
+
+
+def pod_tunnels(settings: Settings) -> PodTunnels:
+    """What makes ends of tunnels in this node's pods."""
+    return PodTunnels(Path(settings.netns_dir), Path(settings.run_dir) / DIRECT_SYSCTLS_FILE)
+
+
+def missing_for_direct_return(variant: Variant, *, judged: bool) -> str:
+    """What this machine lacks of what direct server return needs, in words, or "". Blocking.
+
+    Args:
+        variant: of iptables.
+        judged: whether policy looks at answers, by a match of its own.
+    """
+
+    def probe() -> str:
+        if judged:
+            chain = {ChainName("KNP-PROBE"): (Rule(Return(), (InPort("probe"),)),)}
+            try:
+                RestoreTables(variant).apply(TableTransaction("mangle", Family.V4, replace=chain))
+            except NetpolError as e:
+                return str(e)
+        return lacking()
+
+    return in_new_netns(probe)
 
 
 async def refuse_another_proxy() -> None:

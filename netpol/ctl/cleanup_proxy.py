@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from netpol.kernel.drivers import IpvsDriver
 from netpol.kernel.kept_sysctls import FILE as SYSCTLS_FILE
 from netpol.kernel.kept_sysctls import restore_sysctls
+from netpol.kernel.netns import NETNS_DIR
 from netpol.lib.errors import NetpolError
 from netpol.model.ipvs import DeleteServer, ServerId
 
@@ -31,10 +32,19 @@ def clean_proxy(run_dir: Path, left: list[str]) -> dict[str, int]:
     if on_link is not None:
         removed["links"] = _clean_link(left)
     try:
+        _clean_pods(run_dir)
         removed["sysctls"] = restore_sysctls(run_dir / SYSCTLS_FILE)
     except NetpolError as e:
         left.append(str(e))
     return removed
+
+
+def _clean_pods(run_dir: Path) -> None:
+    """Remove the ends of direct server return from pods, and put back what let their answers in."""
+    from netpol.kernel.dsr import SYSCTLS_FILE as FILE
+    from netpol.kernel.dsr import PodTunnels
+
+    PodTunnels(NETNS_DIR, run_dir / FILE).apply({})
 
 
 def _addresses() -> frozenset[bytes] | None:

@@ -32,6 +32,7 @@ from netpol.model.ruleset import (
     IcmpType,
     Icmpv6Type,
     InInterface,
+    InPort,
     IpProtocol,
     IpvsSends,
     IpvsTakes,
@@ -182,6 +183,8 @@ class _Reader:
                 return IcmpType(int(value))
             case "icmp6", "--icmpv6-type":
                 return Icmpv6Type(int(value))
+            case "physdev", "--physdev-in":
+                return InPort(value)
             case "hl", "--hl-eq":
                 return HopLimit(int(value))
             case "addrtype", "--src-type" | "--dst-type":

@@ -35,6 +35,7 @@ from netpol.model.ruleset import (
     IcmpType,
     Icmpv6Type,
     InInterface,
+    InPort,
     IpProtocol,
     IpvsSends,
     IpvsTakes,
@@ -245,6 +246,10 @@ def _match_words(match: Match, family: Family, protocol: Protocol | None) -> lis
             if not _NAME.match(match.name) or len(match.name.encode()) > INTERFACE_MAX:
                 raise ValueError(f"{match.name!r} is not the name of an interface")
             return ["-i", match.name]
+        case InPort():
+            if not _NAME.match(match.name) or len(match.name.encode()) > INTERFACE_MAX:
+                raise ValueError(f"{match.name!r} is not the name of an interface")
+            return ["-m", "physdev", "--physdev-in", match.name]
         case IpProtocol():
             return ["-p", PROTOCOL_WORDS[match.protocol]]
         case DstPorts():

@@ -19,6 +19,7 @@ from netpol.model.ruleset import (
     HopLimit,
     IcmpType,
     Icmpv6Type,
+    InPort,
     IpvsSends,
     Limit,
     MarkMatch,
@@ -138,6 +139,14 @@ def _hop_limit(data: bytes) -> Match:
     return HopLimit(value)
 
 
+def _physdev(data: bytes) -> Match:
+    name, mask, others, inverted, which = struct.unpack_from("=16s16s32sBB", data)
+    text = name.rstrip(b"\0")
+    whole = mask == (b"\xff" * (len(text) + 1)).ljust(16, b"\0")
+    require(which == 1 and not inverted and not any(others) and whole)  # XT_PHYSDEV_OP_IN
+    return InPort(text.decode())
+
+
 def _mark(data: bytes) -> Match:
     return MarkMatch(*_masked(data))
 
@@ -188,6 +197,7 @@ MATCHES: Mapping[tuple[str, int], Callable[[bytes], Match]] = {
     ("icmp6", 0): _icmp6,
     ("ipvs", 0): _ipvs,
     ("hl", 0): _hop_limit,
+    ("physdev", 0): _physdev,
     ("mark", 1): _mark,
     ("connmark", 1): _connmark,
     ("addrtype", 1): _addrtype,

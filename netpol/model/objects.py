@@ -89,6 +89,10 @@ class Node(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     created: str = ""
     leaving: bool = False
 
+    def __repr__(self) -> str:
+        """Without annotations: they may hold passwords of BGP peers."""
+        return f"Node({self.name!r}, uid={self.uid!r})"
+
     @property
     def zone(self) -> str:
         """The zone of the node, "" for none."""

@@ -137,6 +137,12 @@ class InInterface(NamedTuple):
     name: str
 
 
+class InPort(NamedTuple):
+    """`-m physdev --physdev-in`: the port of a bridge that the packet came in by."""
+
+    name: str
+
+
 class NetMatch(NamedTuple):
     """`-s` or `-d`."""
 
@@ -232,6 +238,7 @@ Match = (
     | DstPorts
     | TcpFlags
     | InInterface
+    | InPort
     | NetMatch
     | CtState
     | IcmpType

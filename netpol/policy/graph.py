@@ -193,6 +193,27 @@ class Graph:
             for key in self.members.active()
         )
 
+    def isolating(self, address: bytes) -> tuple[str, Direction] | None:
+        """The policy that isolates the pod of an address, wherever it is, and a direction; of all events.
+
+        Raises:
+            KeyError: no pod is known there.
+        """
+        pod = self.members.owner(address)
+        if pod is None:
+            raise KeyError(address)
+        here = dict(self._by_namespace.get(pod.key.namespace, {}))
+        for key, policy in self._queued.items():
+            if key.namespace == pod.key.namespace:
+                here.pop(key, None)
+                if policy is not None:
+                    here[key] = policy
+        have = dict(pod.labels)
+        for key in sorted(here):
+            if here[key].isolates and here[key].subject.matches(have):
+                return str(key), min(here[key].isolates)
+        return None
+
     @property
     def pending(self) -> bool:
         """Whether another `flush` would have something to look at."""

@@ -178,7 +178,7 @@ class Members:
                 self._anchors.setdefault(anchor, set()).add(peer)
 
     def recompute(self) -> None:
-        """Compute all active peers from the index again: what the benchmark times, and a check of the rest."""
+        """Compute all active peers from the index again: the benchmark times it, tests compare it."""
         self._scopes.clear()
         for peer in self._bits:
             self._bits[peer] = self._index.select(peer.pods, self._scope_bits(peer.scope))

@@ -33,6 +33,8 @@ def _set(tail: str) -> SetName:
 
 OK = _chain("OK")
 SPOOFED = _chain("SPOOFED")
+#: Where a source on a pod interface that is no local pod is looked at once more.
+ANSWERS = _chain("ANSWERS")
 #: In the filter table: where denied packets are answered, of FORWARD and of OUTPUT.
 REJECT, REJECT_OUTPUT = _chain("REJECT"), _chain("REJECT-OUT")
 
@@ -129,6 +131,11 @@ def class_map(direction: Direction, family: Family) -> SetName:
 def ipvs_set(family: Family) -> SetName:
     """What IPVS takes at INPUT and judges at OUTPUT, by address and port."""
     return _set(f"IPVS{int(family)}")
+
+
+def answers_set(family: Family) -> SetName:
+    """Addresses and ports of Services that pods of this node answer from themselves."""
+    return _set(f"ANSWER{int(family)}")
 
 
 def overflow_set(key: ClassKey, family: Family) -> SetName:

@@ -123,6 +123,8 @@ def _pod_sets(
 
     if options.ipvs_services is not None:
         put(static.ipvs_spec(family), static.ipvs_members(options, family))
+    for spec, members in static.answer_sets(options, family):
+        put(spec, members)
     for direction in Direction:
         put(
             classes.map_spec(direction, family),

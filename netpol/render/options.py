@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from netpol.model.net import Prefix
 from netpol.model.ruleset import AddressPort
@@ -18,6 +19,14 @@ NONE, UNKNOWN, OPEN, OVERFLOW = 0, 1, 2, 3
 FIRST_CLASS = 4
 #: What the field says of a packet that was judged and denied: no number leaves a tree but this one.
 DENIED = UNKNOWN
+
+
+class AnswerLink(NamedTuple):
+    """Where a pod's answers with an address of a Service come in; `port` is one of a bridge."""
+
+    address: bytes
+    interface: str
+    port: bool
 
 
 class DenyWith(StrEnum):
@@ -41,6 +50,8 @@ class RenderOptions:
         own_addresses: addresses of the node's own interfaces, which are never held.
         ipvs_services: what INPUT leaves to OUTPUT's judgement, since IPVS takes it and sends it on
             from there; None where the kernel has no IPVS.
+        direct_ports, direct_links: addresses and ports of Services that pods of this node answer from
+            themselves (direct server return), and where these pods' packets come in.
         deny_with: whether the sender of a denied packet is told.
     """
 
@@ -52,6 +63,8 @@ class RenderOptions:
     hold_ranges: tuple[Prefix, ...] = ()
     own_addresses: tuple[bytes, ...] = ()
     ipvs_services: tuple[AddressPort, ...] | None = None
+    direct_ports: tuple[AddressPort, ...] = ()
+    direct_links: tuple[AnswerLink, ...] = ()
     deny_with: DenyWith = DenyWith.DROP
 
     @property

@@ -13,7 +13,7 @@ All of it stands in mangle, where `--map-set` works and no ACCEPT of another pro
 from __future__ import annotations
 
 from netpol.model.ids import ChainName, Direction, Protocol
-from netpol.model.net import Family, Prefix, family_of
+from netpol.model.net import Family, Prefix, family_of, host_prefix
 from netpol.model.ruleset import (
     AddrType,
     Chain,
@@ -24,6 +24,7 @@ from netpol.model.ruleset import (
     HopLimit,
     Icmpv6Type,
     InInterface,
+    InPort,
     IpProtocol,
     IpvsTakes,
     Jump,
@@ -74,6 +75,8 @@ def static_chains(options: RenderOptions, family: Family) -> dict[ChainName, Cha
     for direction in Direction:
         out[names.held_chain(direction)] = deny(LogPrefix(DropReason.HELD, direction), options)
     out[names.SPOOFED] = deny(LogPrefix(DropReason.SPOOFED), options)
+    if options.direct_links:
+        out[names.ANSWERS] = _answers(options, family)
     return out | reject.net_chains(options)
 
 
@@ -120,7 +123,7 @@ def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
             Rule(Goto(names.SPOOFED), (NetMatch(Side.DST, _LINK_LOCAL), InInterface(i)))
             for i in options.pod_interfaces
         ]
-    out += _source(options, family, check=hook is not Hook.OUTPUT)
+    out += _source(options, family, hook)
     if hook is Hook.INPUT and options.ipvs_services is not None:
         # After the source check, and only for pods: of others the field is 0 and nothing is asked.
         served = SetMatch(names.ipvs_set(family), (Side.DST, Side.DST))
@@ -133,19 +136,22 @@ def _hook(hook: Hook, options: RenderOptions, family: Family) -> Chain:
     return tuple(out)
 
 
-def _source(options: RenderOptions, family: Family, *, check: bool) -> list[Rule]:
-    """Look up the class of the source; on a pod interface it must have one."""
+def _source(options: RenderOptions, family: Family, hook: Hook) -> list[Rule]:
+    """Look up the class of the source; on a pod interface it must have one.
+
+    Or it is a Service's, and the packet an answer of a pod with direct server return: the pod is known by
+    where it comes in, which it cannot forge, and nothing isolates it. It has no class then.
+    """
     mask = options.field_mask
     out = [
         Rule(SetMark(0, mask)),
         Rule(MapMark(names.class_map(Direction.EGRESS, family), Side.SRC)),
     ]
-    if check:
-        out += [
-            # Every local pod, isolated or not, has an entry: what has none is nobody's address.
-            Rule(Goto(names.SPOOFED), (InInterface(i), MarkMatch(0, mask)))
-            for i in options.pod_interfaces
-        ]
+    if hook is not Hook.OUTPUT:
+        # Every local pod, isolated or not, has an entry: what has none is nobody's address.
+        answers = hook is Hook.FORWARD and options.direct_links
+        unknown = Jump(names.ANSWERS) if answers else Goto(names.SPOOFED)
+        out += [Rule(unknown, (InInterface(i), MarkMatch(0, mask))) for i in options.pod_interfaces]
     return out
 
 
@@ -171,3 +177,25 @@ def ipvs_members(options: RenderOptions, family: Family) -> Members:
     """Its members in one family."""
     served = options.ipvs_services or ()
     return {s: None for s in served if family_of(s.address) is family}
+
+
+# -- direct server return -----------------------------------------------------------------------
+
+
+def _answers(options: RenderOptions, family: Family) -> Chain:
+    """Come back only with an answer of a pod that has direct server return, from where that pod is."""
+    ports = SetMatch(names.answers_set(family), (Side.SRC, Side.SRC), negate=True)
+    out = [Rule(Goto(names.SPOOFED), (ports,))]
+    for address, interface, port in options.direct_links:
+        if family_of(address) is family:
+            place = InPort(interface) if port else InInterface(interface)
+            out.append(Rule(Return(), (NetMatch(Side.SRC, host_prefix(address)), place)))
+    return (*out, Rule(Goto(names.SPOOFED)))
+
+
+def answer_sets(options: RenderOptions, family: Family) -> list[tuple[SetSpec, Members]]:
+    """The set of what pods answer from with a Service's address; none where no pod does."""
+    if not options.direct_links:
+        return []
+    spec = SetSpec(names.answers_set(family), SetKind.HASH_IP_PORT, family)
+    return [(spec, {p: None for p in options.direct_ports if family_of(p.address) is family})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,16 @@ def test_every_check_was_run(guest: Guest):
 def test_contracts(guest: Guest, check: str):
     if guest["checks"][check]:
         pytest.fail(guest["checks"][check], pytrace=False)
+
+
+def test_a_module_that_is_loaded_anew_is_found_at_the_next_look(guest: Guest):
+    assert guest["module anew"] == {
+        "unloaded": True,
+        "before": [errno.ENOENT],
+        "empty": True,
+        "refused": 0,
+        "there": True,
+    }
 
 
 def test_a_service_without_backends_refuses(guest: Guest):

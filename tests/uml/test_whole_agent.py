@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.uml import machine
-from tests.uml.inside.whole_agent import GATEWAY, NODE_IP, PODS
+from tests.uml.inside.whole_agent import GATEWAY, NODE_IP, OUTSIDE_IP, PODS
 
 pytestmark = [pytest.mark.uml, pytest.mark.kernel]
 
@@ -71,6 +71,19 @@ def test_the_command_line_shows_the_kernel(guest: dict[str, Any]) -> None:
     assert said.startswith("3 addresses of 1 Service on node n1: 3 forward")
     assert said.count(f"{PODS['backend']}:8080 (active") == 3
     assert "missing" not in said
+
+
+def test_direct_server_return_comes_and_goes_with_policies(guest: dict[str, Any]) -> None:
+    """How many tunnels IPVS has, whether the pod has an end, whom it sees."""
+    assert guest["direct"] == [1, True, OUTSIDE_IP]
+    assert guest["node to direct"] == NODE_IP
+    assert guest["direct, isolated"] == [0, False, OUTSIDE_IP]
+    (told,) = guest["direct, told"]
+    assert (
+        "203.0.113.7:8080/TCP: policy default/guard isolates endpoint 10.244.1.5 (ingress)" in told
+    )
+    assert guest["direct, again"] == [1, True, OUTSIDE_IP]
+    assert guest["direct, gone"][:2] == [0, False]
 
 
 def test_egress_policy_holds_on_a_vip_also_for_the_nodes_own_ports(guest: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ ANNOTATIONS = (
         service(port(80), external=(OUTSIDE4,), annotations={f"{ROUTER}dsr": "tunnel"}),
         SPLIT,
         {"external": "a b"},
-        refused=("endpoints listen on 8080, and a tunnel cannot change the port",),
+        refused=("endpoint 10.1.0.1 listens on 8080, and a tunnel cannot change the port",),
     ),
     Case(
         "another way of direct return is named",

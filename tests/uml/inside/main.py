@@ -25,9 +25,19 @@ GROUPS = {
     "proxy_rules": "tests.uml.inside.steps_proxy_rules",
     "reject": "tests.uml.inside.steps_reject",
     "proxy_sync": "tests.uml.inside.steps_proxy_sync",
+    "proxy_dsr": "tests.uml.inside.steps_proxy_dsr",
+    "overlay": "tests.uml.inside.steps_overlay",
+    "cni": "tests.uml.inside.steps_cni",
 }
 #: What they take, in seconds of a quiet machine, so that guests can share them evenly.
-SECONDS = {"policy": 31, "proxy_rules": 22, "proxy_driver": 14, "reject": 10, "proxy_sync": 10}
+SECONDS = {
+    "policy": 31,
+    "proxy_rules": 22,
+    "proxy_driver": 14,
+    "reject": 10,
+    "proxy_sync": 10,
+    "proxy_dsr": 18,
+}
 #: A group's result where it did not come to its end: the traceback.
 FAILED = "failed"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPVS, IPVSDest, IPVSService
@@ -79,7 +81,38 @@ def run(say: Say) -> None:
         },
     )
     ipvs.apply([DeleteServer(id_) for id_ in ipvs.dump()])
+    say("module anew", _module_anew(ipvs))
     _packets(say, ipvs)
+
+
+def _module_anew(ipvs: NetlinkIpvs) -> dict[str, Any]:
+    """Another one of the module has another number: what the driver then refuses, reads and changes."""
+    id_ = ServerId(Family.V4, Protocol.TCP, parse_address("10.96.1.99"), 80)
+    unloaded = False
+    for _ in range(50):  # namespaces of groups before this one end in their own time
+        used = [line.split()[0] for line in Path("/proc/modules").read_text().splitlines()]
+        subprocess.run(
+            ["rmmod", *(m for m in used if m.startswith(("xt_ipvs", "ip_vs_"))), "ip_vs"],
+            check=False,
+            capture_output=True,
+        )
+        unloaded = not Path("/proc/net/ip_vs").exists()
+        if unloaded:
+            break
+        time.sleep(0.1)
+    load_module("ip_vs")
+    before = [failure.code for failure in ipvs.apply([AddServer(VirtualServer(id_))])]
+    empty = not ipvs.dump()
+    refused = ipvs.apply([AddServer(VirtualServer(id_))])
+    there = list(ipvs.dump()) == [id_]
+    ipvs.apply([DeleteServer(id_)])
+    return {
+        "unloaded": unloaded,
+        "before": before,
+        "empty": empty,
+        "refused": len(refused),
+        "there": there,
+    }
 
 
 def server(family: Family, name: str) -> ServerId:

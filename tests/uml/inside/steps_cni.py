@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from netpol.kernel import netns
+from netpol.kernel.conflist import read_pod_network
 from netpol.kernel.modules import load_module
 from netpol.model.net import parse_prefix
-from routes.cni import keep_conflist, unpoliced_plugin
+from routes.cni import keep_conflist
 from routes.conflist import FILE_NAME
 from tests.cniruntime import PLUGINS, Runtime, conflist
 from tests.uml.inside.dhcp import DhcpServer
@@ -73,7 +74,7 @@ def run(say: Say) -> None:
         load_module(module)
     _site()
     _TOOLS.mkdir()
-    # This kernel has no nft. CHECK of portmap 1.1.1 looks for its IPv4 rules in ip6tables, too, if there is one.
+    # This kernel has no nft. No ip6tables: CHECK of portmap 1.1.1 looks for its IPv4 rules there, too.
     (_TOOLS / "iptables").symlink_to("/usr/sbin/xtables-legacy-multi")
     server = netns.in_netns("site", lambda: DhcpServer("up1", SITE, LEASE))
     threading.Thread(target=server.serve, daemon=True).start()
@@ -118,14 +119,14 @@ def _case(name: str, plugins: list[dict[str, Any]]) -> dict[str, Any]:
     found = {
         "wrote": wrote,
         "ipam": json.loads((folder / FILE_NAME).read_text())["plugins"][0]["ipam"],
-        "unpoliced": unpoliced_plugin(folder),
+        "unpoliced": read_pod_network(folder).unpoliced,
         "addresses": [ip["address"] for ip in result["ips"]],
         "mtu": _link(pod)["mtu"],
         "seen": _seen(name, pod),
         "checked": runtime.run("CHECK") == result,
     }
     runtime.run("DEL")
-    found["left"] = [_link(pod) != {}, *_left(name)]
+    found["left"] = [*_link(pod), *_left(name)]
     return found
 
 

@@ -6,6 +6,7 @@ Each step goes as the room does it: links that are needed, BIRD's configuration,
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ SUBNETS = tuple(
     parse_prefix(p) for p in ("10.0.1.0/24", "10.0.2.0/24", "fd00:1::/64", "fd00:2::/64")
 )
 MTU = 1500
+_SETTLE_S = 0.4
 _ETH_P_ALL = 3
 _IN_IP, _IN_IPV6 = 4, 41  # RFC 2003, RFC 2473: protocols of what is inside
 _POD_BYTES = {Family.V4: b"\x0a\x01", Family.V6: b"\xfd\x01"}
@@ -43,26 +45,20 @@ _POD_BYTES = {Family.V4: b"\x0a\x01", Family.V6: b"\xfd\x01"}
 
 def run(say: Say) -> None:
     """Everything, on one network that goes from overlay to overlay."""
-    say("T0", 0)
     for module in ("veth", "bridge", "ipip", "ip6_tunnel"):
         load_module(module)
     with bird_net([(1, 1), (1, 2), (2, 3)]) as net:
-        say("T1", 0)
         cluster = _Cluster(net)
         one, two, three = net.hosts.values()
         fallback = _fallback(one)
         cluster.turn(VXLAN, CROSS)
-        say("T2", 0)
-        cluster.routed()
-        say("T3", 0)
         say("vxlan", [cluster.routed(), one.pings(three)])
         since = cluster.sessions()
 
-        with _pinging(one, three) as lost:
+        with _pinging(one, three) as counts:
             say("to ipip", cluster.turn(IPIP, CROSS))
             cluster.routed()
-            time.sleep(0.5)
-        say("lost", lost)
+        say("pings to ipip", counts)
         with _heard(net, three.name) as heard:
             say(
                 "cross-subnet",
@@ -73,6 +69,7 @@ def run(say: Say) -> None:
         say("mtu", _mtu(one, three))
         say("again", cluster.turn(IPIP, CROSS))
 
+        say("drift", _drift(cluster))
         say("foreign", _foreign(cluster))
 
         say("to always", cluster.turn(IPIP, ALWAYS))
@@ -80,11 +77,10 @@ def run(say: Say) -> None:
         say("always hops", [_hop(one, other) for other in (two, three)])
         say("without tunnels", _without_tunnels(cluster))
         say("an end changes hands", _changed_hands(cluster))
-        with _pinging(one, three) as lost:
+        with _pinging(one, three) as counts:
             say("to vxlan", cluster.turn(VXLAN, ALWAYS))
             cluster.routed()
-            time.sleep(0.5)
-        say("lost", lost)
+        say("pings to vxlan", counts)
         say("vxlan always", [cluster.routed(), one.pings(two), three.pings(one)])
         say("vxlan hops", [_hop(one, other) for other in (two, three)])
         say("sessions", [since, cluster.sessions()])
@@ -159,11 +155,11 @@ class _Cluster:
 
 
 @contextlib.contextmanager
-def _pinging(host: Host, other: Host) -> Iterator[dict[str, str]]:
-    """Ping a pod meanwhile, IPv4 and IPv6; what was sent and received, at the end."""
-    lost: dict[str, str] = {}
-    running = {
-        theirs: subprocess.Popen(
+def _pinging(host: Host, other: Host) -> Iterator[list[list[int]]]:
+    """Ping a pod meanwhile, IPv4 and IPv6; how many were sent and answered, at the end."""
+    counts: list[list[int]] = []
+    running = [
+        subprocess.Popen(
             [
                 *("ip", "netns", "exec", host.netns),
                 *("ping", "-i", "0.02", "-I", mine, theirs),
@@ -172,12 +168,14 @@ def _pinging(host: Host, other: Host) -> Iterator[dict[str, str]]:
             text=True,
         )
         for mine, theirs in zip(host.pod_addresses, other.pod_addresses, strict=True)
-    }
-    time.sleep(0.3)
-    yield lost
-    for address, process in running.items():
+    ]
+    time.sleep(_SETTLE_S)
+    yield counts
+    time.sleep(_SETTLE_S)
+    for process in running:
         process.send_signal(signal.SIGINT)
-        lost[address] = process.communicate(timeout=10)[0].splitlines()[-2]
+        said = process.communicate(timeout=10)[0]
+        counts.append([int(n) for n in re.findall(r"(\d+) (?:packets transmitted|received)", said)])
 
 
 def _hop(host: Host, other: Host) -> list[str]:
@@ -202,6 +200,18 @@ def _mtu(host: Host, other: Host) -> list[str]:
             )
             found.append("fits" if " 0% packet loss" in said else said.partition("too long")[1])
     return found
+
+
+def _drift(cluster: _Cluster) -> list[list[str]]:
+    """Somebody changes the links; what is put right, and what a second time."""
+    one, _, three = cluster.net.hosts.values()
+    six = tunnel6_link(parse_address(three.addresses[1]))
+    one.run("ip", "link", "set", "knp-ipip0", "mtu", "1300")
+    one.run("ip", "link", "set", six, "down")
+    mended = [cluster.links(one, prune=True)]
+    one.run("ip", "-6", "tunnel", "change", six, "encaplimit", "4")
+    mended += [cluster.links(one, prune=True) for _ in range(2)]
+    return mended
 
 
 def _foreign(cluster: _Cluster) -> str:

@@ -383,8 +383,7 @@ def _drift(say: Say, agent: Agent) -> None:
             there and agent.drivers.tables.dump("filter", Family.V4).hooks[Hook.INPUT].jumps
         )
 
-    for _ in range(5):
-        if not agent.room.status.drifts:  # a look may be overtaken
-            agent.call(agent.room._look())
+    # One look is enough: a look of the room's own that overtakes it has found the same.
+    agent.call(agent.room._look())
     found_s = agent.until(repaired)
     say("drift", [found_s >= 0, agent.room.status.drifts > 0, sorted(set(who(WEB, 4)))])

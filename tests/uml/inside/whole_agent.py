@@ -53,6 +53,24 @@ SLICE = {
     "ports": [{"port": 8080}],
     "endpoints": [{"addresses": [PODS[BACKEND]], "nodeName": NODE}],
 }
+#: A Service with direct server return, a client outside that dials it, and a policy that ends tunnels.
+OUTSIDE, OUTSIDE_IP, DIRECT_IP, DIRECT_PORT = "outside", "198.18.0.9", "203.0.113.7", 8080
+DIRECT = {
+    "apiVersion": "v1",
+    "kind": "Service",
+    "metadata": {"name": "direct", "annotations": {"netpol.io/service.dsr": "tunnel"}},
+    "spec": {
+        "clusterIP": "10.96.7.8",
+        "externalIPs": [DIRECT_IP],
+        "ports": [{"port": DIRECT_PORT}],
+    },
+}
+GUARD = {
+    "apiVersion": "networking.k8s.io/v1",
+    "kind": "NetworkPolicy",
+    "metadata": {"name": "guard"},
+    "spec": {"podSelector": {"matchLabels": {"app": BACKEND}}, "ingress": [{}]},
+}
 DENY = {
     "apiVersion": "networking.k8s.io/v1",
     "kind": "NetworkPolicy",
@@ -63,7 +81,7 @@ DENY = {
 
 def run(say: Say) -> None:
     """Everything."""
-    for module in ("dummy", "veth", "ip_vs", "ip_vs_rr"):
+    for module in ("dummy", "veth", "ip_vs", "ip_vs_rr", "ipip"):
         load_module(module)
     _network()
     in_netns(BACKEND, _serve)
@@ -89,13 +107,22 @@ def _network() -> None:
             f"-n {name} route add {GATEWAY} dev eth0",
             f"-n {name} route add default via {GATEWAY}",
         ]
+    create(OUTSIDE)
+    lines += [
+        f"link add out0 type veth peer name eth0 netns {OUTSIDE}",
+        "link set out0 up",
+        "addr add 198.18.0.1/24 dev out0",
+        f"-n {OUTSIDE} link set eth0 up",
+        f"-n {OUTSIDE} addr add {OUTSIDE_IP}/24 dev eth0",
+        f"-n {OUTSIDE} route add default via 198.18.0.1",
+    ]
     for line in lines:
         subprocess.run(["ip", *line.split()], check=True)
 
 
 def _serve() -> None:
     """Tell everybody who they are, then say again what they say."""
-    listener = socket.create_server((PODS[BACKEND], 8080))
+    listener = socket.create_server(("", 8080))
 
     def talk(one: socket.socket, peer: str) -> None:
         with one:
@@ -146,6 +173,7 @@ async def _run(say: Say) -> None:
             await _packets(say)
             say("status", _status(agent))
             say("services", await _ctl("services", "web", "--socket", SOCKET))
+            await _direct(say, api, agent)
             connection = await asyncio.to_thread(
                 socket.create_connection, (VIP, PORT), timeout=TIMEOUT_S
             )
@@ -242,6 +270,37 @@ async def _packets(say: Say) -> None:
         say(name, await asyncio.to_thread(ask, *question))
     say("health port", await asyncio.to_thread(get, HEALTH_PORT, "/"))
     say("healthz", await asyncio.to_thread(get, 10256, "/healthz"))
+
+
+async def _direct(say: Say, api: Any, agent: Any) -> None:
+    """A Service with direct server return comes, meets a policy, and goes."""
+    slices = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
+    meta = {"name": "direct-1", "labels": {"kubernetes.io/service-name": "direct"}}
+    await api.post("/api/v1/namespaces/default/services", DIRECT)
+    await api.post(slices, {**SLICE, "metadata": meta})
+
+    def seen() -> list[Any]:
+        tunnels = sum(
+            "Tunnel" in x for x in Path("/proc/net/ip_vs").read_text("ascii").splitlines()
+        )
+        link = in_netns(BACKEND, lambda: "knp-dsr" in dict(socket.if_nameindex()).values())
+        return [tunnels, link, ask(DIRECT_IP, DIRECT_PORT, OUTSIDE)]
+
+    await _until(lambda: seen() == [1, True, OUTSIDE_IP])
+    say("direct", await asyncio.to_thread(seen))
+    say("node to direct", await asyncio.to_thread(ask, DIRECT_IP, DIRECT_PORT))
+    policies = "/apis/networking.k8s.io/v1/namespaces/default/networkpolicies"
+    await api.post(policies, GUARD)
+    await _until(lambda: seen() == [0, False, OUTSIDE_IP])
+    say("direct, isolated", await asyncio.to_thread(seen))
+    say("direct, told", [c.message for c in agent.proxy.complaints()])
+    await api.delete(f"{policies}/guard")
+    await _until(lambda: seen() == [1, True, OUTSIDE_IP])
+    say("direct, again", await asyncio.to_thread(seen))
+    await api.delete(f"{slices}/direct-1")
+    await api.delete("/api/v1/namespaces/default/services/direct")
+    await _until(lambda: _status(agent)["servers"] == 4 and not seen()[1])
+    say("direct, gone", await asyncio.to_thread(seen))
 
 
 def _status(agent: Any) -> dict[str, Any]:

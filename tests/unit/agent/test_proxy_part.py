@@ -246,6 +246,41 @@ async def test_pod_ranges_and_sources_follow_the_node(tmp_path: Path) -> None:
         await w.until(lambda: ranges(w) == {parse_prefix("10.9.0.0/16")})
 
 
+async def test_pods_of_this_node_outside_of_its_ranges_count_as_its_pods(tmp_path: Path) -> None:
+    def members(w: World, family: Family) -> set[object]:
+        name = names.POD[family].name
+        return set(w.kernel.sets.dump([name])[name].members)
+
+    async def pod(w: World, name: str, *addresses: str, node: str = NODE, **spec: Any) -> None:
+        path = "/api/v1/namespaces/default/pods"
+        body = {"nodeName": node, "containers": [{"name": "c", "image": "i"}], **spec}
+        meta = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}}
+        await w.create(path, {**meta, "spec": body})
+        ips = [{"ip": a} for a in addresses]
+        status = {"phase": "Running", "podIP": addresses[0], "podIPs": ips}
+        await w.api.patch(f"{path}/{name}/status", {"status": status})
+
+    ranges = {parse_prefix("10.244.1.0/24")}
+    async with world(tmp_path) as w:
+        await w.until(lambda: members(w, Family.V4) == ranges)
+        reconciles = w.part.room.status.reconciles
+        await pod(w, "host", "192.0.2.1", hostNetwork=True)
+        await pod(w, "elsewhere", "10.50.0.8", node="n2")
+        await pod(w, "inside", "10.244.1.9")
+        await pod(w, "outside", "10.50.0.7", "fd00::7")
+        await w.until(lambda: members(w, Family.V6) == {parse_prefix("fd00::7/128")})
+        assert members(w, Family.V4) == ranges | {parse_prefix("10.50.0.7/32")}
+        assert w.part.standing().in_sync
+        # A pod that comes or goes costs its member, not a look at everything.
+        assert w.part.room.status.reconciles == reconciles
+        assert w.part.room.status.services == 0
+        w.part.room.resync()
+        await w.until(lambda: w.part.room.status.reconciles > reconciles and w.part.room.in_sync)
+        assert w.part.room.status.repaired == ""
+        await w.api.delete("/api/v1/namespaces/default/pods/outside", gracePeriodSeconds=0)
+        await w.until(lambda: members(w, Family.V4) == ranges and not members(w, Family.V6))
+
+
 async def test_a_refused_address_is_told_by_an_event_of_its_service(tmp_path: Path) -> None:
     async with world(tmp_path) as w:
         await w.service(externalIPs=["192.0.2.1", "198.51.100.7"])
