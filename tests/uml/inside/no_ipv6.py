@@ -12,9 +12,11 @@ from netpol.kernel.drivers import Variant
 from netpol.kernel.probe import missing_features
 from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
+from netpol.model.ids import Direction
 from netpol.model.net import Family, parse_prefix
+from netpol.render import names
 from netpol.render.node import graph_of
-from netpol.render.options import RenderOptions
+from netpol.render.options import UNKNOWN, RenderOptions
 from netpol.render.static import TABLE
 from tests import builders as make
 from tests import engine
@@ -56,7 +58,11 @@ async def _room(say: Callable[[str, Any], None]) -> None:
     say("refused", [str(k) for k in room.dataplane.refusals.reasons()])
     chains = tables.dump(TABLE, Family.V4).chains
     say("chains", sorted(chains))
-    say("sets", {str(n): len(d.members) for n, d in sets.dump().items()})
+    dump = sets.dump()
+    say("sets", {str(n): len(d.members) for n, d in dump.items()})
+    imap6 = dump[names.class_map(Direction.INGRESS, Family.V6)].members
+    say("marks of IPv6", sorted({mark or 0 for mark in imap6.values()}))
+    say("mark of held", room.dataplane.options.mark(UNKNOWN))
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     room.close()
