@@ -168,8 +168,10 @@ def _packets(say: Say, ipvs: NetlinkIpvs) -> None:
         "addresses",
         vips.apply(add=list(map(parse_address, VIPS.values())), remove=[], sources=SOURCES),
     )
-    # Neighbours are known then.
-    traffic.ask({"": Ask("client", lan.v6(FIRST), POD_PORT)})
+    # Neighbours are known then; on a busy machine a question may come before the first answer.
+    for _ in range(10):
+        if traffic.ask({"": Ask("client", lan.v6(FIRST), POD_PORT)})[""]:
+            break
     # SCTP is refused as well, which its sockets do not hear of.
     asked = {n: ask for n, ask in questions("client").items() if ask.protocol != "sctp"}
     say("refused", {name: _refused(ask) for name, ask in asked.items()})
@@ -180,7 +182,7 @@ def _packets(say: Say, ipvs: NetlinkIpvs) -> None:
     ]
     say("with backends", [str(f) for f in ipvs.apply(adds)])
     for who in ("client", "", lan.OUTSIDER):
-        say(f"asked by {who or 'node'}", traffic.ask(questions(who)))
+        say(f"asked by {who or 'node'}", _patiently(questions(who)))
 
     # Another process of the agent finds what this one made.
     again, vips_again = NetlinkIpvs(), DummyVips()
@@ -257,6 +259,17 @@ def _refused(ask: Ask) -> bool:
         except TimeoutError:
             return False
     return False
+
+
+def _patiently(asked: dict[str, Ask]) -> dict[str, str]:
+    """Ask again what got no answer: with two guests at once, a first packet may wait for its neighbour."""
+    answers = traffic.ask(asked)
+    for _ in range(4):
+        silent = {name: ask for name, ask in asked.items() if not answers[name]}
+        if not silent:
+            break
+        answers |= traffic.ask(silent)
+    return answers
 
 
 def _foreign(verb: str) -> None:
