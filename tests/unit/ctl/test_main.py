@@ -185,6 +185,8 @@ def test_a_signal_from_the_keyboard_is_quiet():
         stderr=subprocess.PIPE,
         cwd=REPOSITORY,
         text=True,
+        # A shell's background job ignores the keyboard, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     ) as child:
         wait_until_it_reads(child.pid)
         child.send_signal(signal.SIGINT)
