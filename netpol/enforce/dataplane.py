@@ -36,7 +36,7 @@ from netpol.enforce.podsets import (
 )
 from netpol.enforce.refusal import Refusals, withhold
 from netpol.enforce.two_tables import filter_first, rest_last, table_differences
-from netpol.kernel.drivers import HookState, SetDump, TableDump, TableTransaction
+from netpol.kernel.drivers import HookState, TableDump, TableTransaction
 from netpol.model.ids import ChainName, Direction, SetName
 from netpol.model.net import FAMILIES, Family, Prefix, family_of
 from netpol.model.ruleset import AddressPort, Chain, Members, Ruleset, SetSpec
@@ -92,7 +92,7 @@ class Dataplane:
         self.numbers = Numbers(options)
         self._applied = _Applied()
         self._users: dict[ClassKey, int] = {}
-        # Sets that left use, with members that nobody keeps; a dump says what is in one that comes back.
+        # Sets that left use, with members that nobody keeps: one that comes back is emptied first.
         self._stale: set[SetName] = set()
         # Classes without a number. They stay so while they have pods, even if a number gets free:
         # a class in the middle of the change would be found by neither way.
@@ -254,12 +254,8 @@ class Dataplane:
 
     # -- one delta --------------------------------------------------------------------------
 
-    def change(self, delta: GraphDelta, returning: Mapping[SetName, SetDump]) -> Plan:
-        """What a delta of the graph changes in the kernel.
-
-        Args:
-            delta: from `Graph.flush`.
-            returning: dumps of the sets that `returning_sets` named.
+    def change(self, delta: GraphDelta) -> Plan:
+        """What a delta of the graph (from `Graph.flush`) changes in the kernel.
 
         The caller must `reconcile` after any failure of the plan, since this records it as applied.
         """
@@ -278,7 +274,7 @@ class Dataplane:
         if delta.policies:
             self._extra_chains = True  # a changed policy may leave prefix sets behind
         new_classes = self._assign(delta)
-        self._peer_sets(delta, at, returning)
+        self._peer_sets(delta, at)
         recreated = new_holders(delta, self._applied.holders)
         entries = pod_entries(
             delta, at, recreated=recreated, numbers=self.numbers.used, options=self.options
@@ -330,11 +326,6 @@ class Dataplane:
             changes.append(change)
         return assemble(sets=changes, tables={}, moved={})
 
-    def returning_sets(self, delta: GraphDelta) -> list[SetName]:
-        """Sets that a delta brings back into use while the kernel still has them, with old members."""
-        back = {names.member_set(k, f) for k in delta.new_sets for f in FAMILIES}
-        return sorted(back & self._stale)
-
     def _count(self, pod: LocalPod | None, step: int) -> None:
         for key in (pod.ingress, pod.egress) if pod is not None else ():
             if key is not None:
@@ -358,15 +349,13 @@ class Dataplane:
                     missing.append(key)
         return missing
 
-    def _peer_sets(self, delta: GraphDelta, at: At, returning: Mapping[SetName, SetDump]) -> None:
+    def _peer_sets(self, delta: GraphDelta, at: At) -> None:
         for key in delta.new_sets:
             for family in FAMILIES:
                 spec = member_spec(key, family)
-                change, want = at(spec), member_values(self.graph, key, family)
-                have: Members = returning[spec.name].members if spec.name in returning else {}
-                change.add.update({m: v for m, v in want.items() if m not in have})
-                change.delete += [m for m in have if m not in want]
-                change.fresh = True
+                change = at(spec)
+                change.fresh, change.back = True, spec.name in self._stale
+                change.add.update(member_values(self.graph, key, family))
                 self._stale.discard(spec.name)
         for key in delta.gone_sets:
             self._stale |= {names.member_set(key, f) for f in FAMILIES}

@@ -32,6 +32,7 @@ from netpol.kernel.drivers import (
     CreateSet,
     DeleteMembers,
     DestroySet,
+    EmptySet,
     HookState,
     SetDump,
     SetOp,
@@ -91,6 +92,8 @@ class SetChange:
     delete: list[Member] = field(default_factory=list)
     # No rule that packets reach names the set yet: it is put right before any does.
     fresh: bool = False
+    # It was in use before, and has members of then.
+    back: bool = False
 
 
 @dataclass(slots=True)
@@ -176,11 +179,12 @@ def assemble(
             if held or unsure:
                 ops.behind.append(AddMembers(spec, {**held, **unsure}))
             continue
+        if item.back:
+            ops.early.append(EmptySet(spec))
+            ops.behind.append(EmptySet(spec))
         if item.delete:
             ops.behind.append(DeleteMembers(spec, item.delete))
         if item.fresh:
-            if item.delete:
-                ops.early.append(DeleteMembers(spec, item.delete))
             if item.add:
                 ops.early.append(AddMembers(spec, item.add))
             continue

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -43,8 +42,6 @@ from netpol.render.options import RenderOptions
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-#: Deltas that one run takes at most: pods, policies, and what came while a dump was awaited.
-FLUSHES_MAX = 6
 #: How often the hold of a fresh node is tried, since another program may have the xtables lock.
 HOLD_TRIES, HOLD_RETRY_S = 4, 0.5
 #: A refused policy is tried again after this, by a look: not while there is other work.
@@ -259,20 +256,14 @@ class PolicyRoom:
             await self._pause(pause_s, self._tried)
 
     async def _changes(self) -> None:
-        # Pods first, then policies: see Graph.flush. Nothing is awaited between the two (but for a dump,
-        # now and then), so that pods that come all the time cannot keep a policy waiting.
+        # Pods, then policies (see Graph.flush). Nothing is awaited between the two: pods that come all the
+        # time keep no policy waiting, and nobody sees a pod that waits for one.
         plans: list[Plan] = []
-        while not plans or (self._graph.pending and len(plans) < FLUSHES_MAX):
+        for _ in range(2):
             delta = self._graph.flush()
-            if delta.empty:
-                if not self._graph.pending:
-                    break
-                plans.append(Plan())
-                continue
-            self._dirty = True  # until the plans went through, nobody knows what the kernel has
-            back = self.dataplane.returning_sets(delta)
-            returning = await self.kernel(partial(self._sets.dump, back)) if back else {}
-            plans.append(self.dataplane.change(delta, returning))
+            if not delta.empty:
+                self._dirty = True  # until the plans went through, nobody knows what the kernel has
+                plans.append(self.dataplane.change(delta))
         for plan in plans:
             if not await self._apply(plan):
                 return

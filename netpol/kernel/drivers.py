@@ -56,13 +56,19 @@ class DeleteMembers(NamedTuple):
     members: Sequence[Member]
 
 
+class EmptySet(NamedTuple):
+    """Take all members out of a set, whatever they are."""
+
+    spec: SetSpec
+
+
 class DestroySet(NamedTuple):
     """Destroy a set that nothing references; never an error for what is not there."""
 
     name: SetName
 
 
-SetOp = CreateSet | AddMembers | DeleteMembers | DestroySet
+SetOp = CreateSet | AddMembers | DeleteMembers | EmptySet | DestroySet
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from netpol.kernel.drivers import (
     CreateSet,
     DeleteMembers,
     DestroySet,
+    EmptySet,
     SetError,
     SetOp,
     SetTransaction,
@@ -106,6 +107,8 @@ def restore_text(tx: SetTransaction, *, mark_mask: int = DEFAULT_MARK_MASK) -> s
         elif isinstance(op, DeleteMembers):
             head = f"del {op.spec.name} "
             lines.extend(f"{head}{member_text(member)}" for member in op.members)
+        elif isinstance(op, EmptySet):
+            lines.append(f"flush {op.spec.name}")
         elif isinstance(op, DestroySet):
             lines.append(f"destroy {op.name}")
         else:

@@ -29,6 +29,7 @@ from netpol.model.ruleset import AddressPort, AddressPortNet, Member, NetPair, S
 NFNL_SUBSYS_IPSET = 6
 #: The protocol version spoken; every kernel since 2.6.39 takes 6.
 IPSET_PROTOCOL = 6
+CMD_FLUSH = 4
 CMD_LIST = 7
 CMD_ADD = 9
 CMD_DEL = 10
@@ -152,6 +153,11 @@ def bulk_message(command: int, *, name: str, payload: bytes, seq: int) -> bytes:
         + nla(_ADT | NLA_F_NESTED, payload)
     )
     return _command(command, NLM_F_ACK, seq, body)
+
+
+def flush_message(name: str, *, seq: int) -> bytes:
+    """Take all members out of one set."""
+    return _command(CMD_FLUSH, NLM_F_ACK, seq, _name(name))
 
 
 def list_message(name: str | None, *, headers_only: bool, seq: int) -> bytes:

@@ -28,6 +28,7 @@ from netpol.kernel.drivers import (
     CreateSet,
     DeleteMembers,
     DestroySet,
+    EmptySet,
     SetDump,
     SetError,
     SetOp,
@@ -119,7 +120,7 @@ class NetlinkSets:
 
     def apply(self, tx: SetTransaction) -> None:
         """See SetDriver."""
-        if all(isinstance(op, AddMembers | DeleteMembers) for op in tx.ops):
+        if all(isinstance(op, AddMembers | DeleteMembers | EmptySet) for op in tx.ops):
             # Own frames alone: any thread may send them, and a pod that joins waits for no other.
             with self._lock:
                 self._apply(tx)
@@ -155,6 +156,8 @@ class NetlinkSets:
             self._bulk(set_wire.CMD_ADD, op.spec, op.members.items())
         elif isinstance(op, DeleteMembers):
             self._bulk(set_wire.CMD_DEL, op.spec, ((member, None) for member in op.members))
+        elif isinstance(op, EmptySet):
+            self._empty(op.spec.name)
         elif isinstance(op, DestroySet):
             self._destroy(op.name)
         else:
@@ -183,6 +186,12 @@ class NetlinkSets:
             if raw is None or not _is(raw, spec):
                 got = "" if raw is None else f": {_describe_raw(raw)} exists"
                 raise SetError(what + got, name=spec.name, code=e.code) from e
+
+    def _empty(self, name: SetName) -> None:
+        self._send(set_wire.flush_message(name, seq=self._next_seq()))
+        code, _ = self._acknowledgement()
+        if code:
+            raise _error(f"emptying set {name}", name=name, code=code)
 
     def _destroy(self, name: SetName) -> None:
         try:

@@ -13,6 +13,7 @@ from netpol.kernel.drivers import (
     CreateSet,
     DeleteMembers,
     DestroySet,
+    EmptySet,
     SetDump,
     SetError,
     SetOp,
@@ -150,6 +151,8 @@ class FakeSets:
                 for member in op.members:
                     _check_member(found.spec, member)
                     found.members.pop(member, None)
+            case EmptySet():
+                self._existing(op.spec, "emptying").members.clear()
             case DestroySet():
                 if self.references(op.name):
                     raise SetError(f"set {op.name} is in use", name=op.name, code=ERR_BUSY)

@@ -10,7 +10,9 @@ out what changed since the last flush. Only what this node needs exists here: a 
 local pod is *known*, but none of its peers is computed.
 
 Pods and namespaces are flushed before policies, in separate deltas, so that no delta mixes a change of
-members with a change of rules: every state that the kernel passes through is one that the API had.
+members with a change of rules: every state that the kernel passes through is one that the API had. But
+what is new on a pod of this node waits for the news of policies that isolate the pod: none has to be open
+for the time between the two, which is long where the kernel refuses the policy.
 """
 
 from __future__ import annotations
@@ -107,6 +109,8 @@ class Graph:
         self._by_namespace: dict[str, dict[ObjectKey, CompiledPolicy]] = {}
         self._queued: dict[ObjectKey, CompiledPolicy | None] = {}
         self._dirty: set[ObjectKey] = set()
+        # Local pods with addresses that wait for queued policies.
+        self._waiting: set[ObjectKey] = set()
         self._local: dict[ObjectKey, LocalPod] = {}
         self._users: dict[PolicyId, int] = {}
         # Those whose number of users changed since the last flush, in order.
@@ -224,6 +228,8 @@ class Graph:
     def flush(self, *, together: bool = False) -> GraphDelta:
         """What changed: pods and namespaces first, policies with the next call.
 
+        An address that is new to a local pod stays unknown until then, if the policies isolate the pod.
+
         Args:
             together: all in one delta (start-up, when no rule is in force that could mix).
         """
@@ -251,6 +257,8 @@ class Graph:
                 local[key] = policy
                 self._changed.add(_identify(policy))
         self._queued = {}
+        self._dirty |= self._waiting
+        self._waiting = set()
 
     def _mark_subjects(self, policy: CompiledPolicy) -> None:
         for pod in self.members.pods_in(policy.key.namespace):
@@ -264,7 +272,11 @@ class Graph:
         for key in self._dirty:
             before = self._local.get(key)
             pod = self.members.pod(key)
-            now = self._local_pod(pod) if pod is not None and pod.node == self.node else None
+            now = None
+            if pod is not None and pod.node == self.node:
+                now = self._local_pod(pod)
+                if self._has_policy_news(pod):
+                    now = self._without_new_addresses(now, before)
             if now == before:
                 continue
             for local, step in ((now, 1), (before, -1)):
@@ -280,6 +292,29 @@ class Graph:
                 was[key] = before
         self._dirty = set()
         return out, was
+
+    def _has_policy_news(self, pod: Endpoint) -> bool:
+        """Whether a policy that is queued isolates a pod, or did so until now."""
+        have: dict[str, str] | None = None
+        for key, policy in self._queued.items():
+            before = self._policies.get(key)
+            if key.namespace != pod.key.namespace or policy == before:
+                continue
+            have = dict(pod.labels) if have is None else have
+            for version in (policy, before):
+                if version is not None and version.isolates and version.subject.matches(have):
+                    return True
+        return False
+
+    def _without_new_addresses(self, now: LocalPod, before: LocalPod | None) -> LocalPod | None:
+        """A pod with the addresses that it had, and nothing of one that was not there."""
+        same = before is not None and before.uid == now.uid
+        had = before.addresses if before is not None and same else ()
+        kept = tuple(a for a in now.addresses if a in had)
+        if kept == now.addresses:
+            return now
+        self._waiting.add(now.key)
+        return now._replace(addresses=kept) if same else None
 
     def _local_pod(self, pod: Endpoint) -> LocalPod:
         have = dict(pod.labels)

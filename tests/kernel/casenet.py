@@ -117,9 +117,7 @@ class NodeRules:
             delta = graph.flush()
             if delta.empty and not graph.pending:
                 break
-            back = plane.returning_sets(delta)
-            returning = self.sets.dump(back) if back else {}
-            execute(plane.change(delta, returning), self.sets, self.tables)
+            execute(plane.change(delta), self.sets, self.tables)
         self._world = world
 
     def text(self) -> str:

@@ -11,6 +11,7 @@ from netpol.kernel.drivers import (
     CreateSet,
     DeleteMembers,
     DestroySet,
+    EmptySet,
     SetDriver,
     SetError,
     SetOp,
@@ -92,6 +93,11 @@ class SetContract:
         first, *rest = MEMBERS[spec]
         run(sets, CreateSet(spec), AddMembers(spec, MEMBERS[spec]), DeleteMembers(spec, [first]))
         assert set(sets.dump()[spec.name].members) == set(rest)
+
+    @pytest.mark.parametrize("spec", MEMBERS, ids=lambda spec: spec.name)
+    def test_an_emptied_set_stands_without_members(self, sets: SetDriver, spec: SetSpec) -> None:
+        run(sets, CreateSet(spec), AddMembers(spec, MEMBERS[spec]), EmptySet(spec), EmptySet(spec))
+        assert sets.headers() == {spec.name: 0}
 
     def test_a_fresh_namespace_is_empty(self, sets: SetDriver) -> None:
         assert sets.dump() == {}

@@ -277,9 +277,7 @@ class Node:
             delta = self.graph.flush()
             if delta.empty and not self.graph.pending:
                 return
-            names = self.dataplane.returning_sets(delta)
-            returning = self.sets.dump(names) if names else {}
-            execute(self.dataplane.change(delta, returning), self.sets, self.tables)
+            execute(self.dataplane.change(delta), self.sets, self.tables)
 
     def check(self, *, exact: bool) -> None:
         """Compare with scratch; `exact` where the garbage was just collected."""

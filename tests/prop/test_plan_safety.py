@@ -308,8 +308,7 @@ class Node:
             delta = self.graph.flush()
             if delta.empty and not self.graph.pending:
                 return
-            back = self.dataplane.returning_sets(delta)
-            yield self.dataplane.change(delta, self.kernel.sets.dump(back) if back else {})
+            yield self.dataplane.change(delta)
 
     def after(self, *, down: Family, fault: Exception, restart: bool) -> Iterator[Plan]:
         """What the room would execute; after a restart, one that cannot read a family."""

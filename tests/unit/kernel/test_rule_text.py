@@ -11,6 +11,7 @@ from netpol.kernel.drivers import (
     CreateSet,
     DeleteMembers,
     DestroySet,
+    EmptySet,
     ForeignRule,
     HookState,
     SetTransaction,
@@ -381,6 +382,7 @@ def test_set_transactions_in_full() -> None:
             CreateSet(pairs),
             AddMembers(pairs, {NetPair(pod, parse_prefix("10.0.0.0/24")): None}),
             DeleteMembers(marks, [pod]),
+            EmptySet(ports),
             DestroySet(ports.name),
         )
     )
@@ -393,6 +395,7 @@ def test_set_transactions_in_full() -> None:
         "create KNP-N hash:net,net family inet hashsize 64 maxelem 1048576",
         "add KNP-N 10.0.0.1,10.0.0.0/24",
         "del KNP-M 10.0.0.1",
+        "flush KNP-P",
         "destroy KNP-P",
     ]
 
