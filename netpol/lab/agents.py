@@ -8,23 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from netpol.admin import wire
 from netpol.lab import processes
 from netpol.lab.plan import LabPlan, NodePlan
-from netpol.lib.errors import NetpolError, NoAnswerError
+from netpol.lib.errors import InputError, NetpolError, NoAnswerError
 
 Obj = dict[str, Any]
 
 #: Where an agent answers health and metrics: the loopback of its own namespace, so all may have the same.
 HEALTH_ADDRESS = "127.0.0.1:9461"
+
+#: What the lab sets because it relies on it, and what would end an agent at once.
+_LABS_OWN = frozenset(
+    {
+        *("--node", "--api-server", "--token-file", "--kubeconfig", "--config"),
+        *("--admin-socket", "--state-dir", "--run-dir", "--cni-conf-dir", "--audit-log"),
+        *("--health-addr", "--xtables-lockfile", "--version", "--help"),
+    }
+)
 
 _BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _STEADY_S = 30.0  # an agent that ran this long starts again at the shortest wait
@@ -54,6 +65,27 @@ def missing_proxy() -> str | None:
     return None
 
 
+def check_arguments(words: Sequence[str]) -> None:
+    """Refuse arguments that agents would not start with, before anything is built.
+
+    Raises:
+        InputError: One is no setting of an agent, or its value is wrong, or the lab itself sets it.
+    """
+    from netpol import config
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError("--agent-arg", needed="settings of netpol-agent", got=message)
+
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag in _LABS_OWN:
+            raise InputError("--agent-arg", needed="what the lab does not set itself", got=flag)
+    parser = config.parser()
+    parser.allow_abbrev = False
+    parser.error = refuse  # type: ignore[method-assign]
+    config.load(parser.parse_args(words), {})
+
+
 def command(plan: LabPlan, node: NodePlan, *, api_url: str, path: Path) -> list[str]:
     """Return the command line of a node's agent; `path` is its token file."""
     agent = [sys.executable, "-m", "netpol"]
@@ -64,7 +96,6 @@ def command(plan: LabPlan, node: NodePlan, *, api_url: str, path: Path) -> list[
         "--admin-socket": str(node.admin_socket),
         "--state-dir": str(node.state_dir / "agent"),
         "--cni-conf-dir": str(node.cni_conf_dir),
-        "--cni-bin-dir": str(plan.cni_bin_dir),
         "--audit-log": str(node.state_dir / "audit.jsonl"),
         "--health-addr": HEALTH_ADDRESS,
         "--xtables-lockfile": str(node.xtables_lockfile),
@@ -85,7 +116,7 @@ def command(plan: LabPlan, node: NodePlan, *, api_url: str, path: Path) -> list[
         arguments["--bgp-peers-file"] = str(node.peers_file)
     # `ip netns exec` ends by exec: the pid is the agent's, with a /sys that shows its own links.
     inside = ["ip", "netns", "exec", node.netns]
-    return inside + agent + [word for pair in arguments.items() for word in pair]
+    return [*inside, *agent, *itertools.chain(*arguments.items()), *plan.agent_args]
 
 
 @dataclass(slots=True)

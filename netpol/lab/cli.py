@@ -86,6 +86,13 @@ def _add_up_arguments(parser: argparse.ArgumentParser, *, manifests: bool = True
             "--no-restart", action="store_true", help="leave an agent that ended ended"
         )
         parser.add_argument(
+            "--agent-arg",
+            action="append",
+            default=[],
+            metavar="=--FLAG[=VALUE]",
+            help="one more argument of every netpol-agent; repeatable",
+        )
+        parser.add_argument(
             "--subnets", type=int, default=1, help="L2 segments that nodes are in (default: 1)"
         )
         parser.add_argument(
@@ -139,11 +146,12 @@ def _interrupt(number: int, _: object) -> NoReturn:
 
 
 def _up(args: argparse.Namespace) -> int:
-    from netpol.lab import assets, launch, objects, routing
+    from netpol.lab import agents, assets, launch, objects, routing
     from netpol.lab.apiserver.resources import Kinds
     from netpol.lab.plan import LabPlan
 
     began = time.monotonic()
+    agents.check_arguments(args.agent_arg)
     routes, note = routing.choose(
         args.routes,
         agent=not args.no_agent,
@@ -163,6 +171,7 @@ def _up(args: argparse.Namespace) -> int:
         routes=routes,
         subnets=args.subnets,
         router=args.router,
+        agent_args=tuple(args.agent_arg),
         cni_bin_dir=args.cni_dir.absolute(),
     )
     programs = assets.from_environment(os.environ)

@@ -59,7 +59,8 @@ def judge(error: IcmpError, *, protocol: Protocol, destination: bytes) -> Verdic
     """What an error says about the packet that caused it; None if it says nothing (such as PMTU).
 
     A Linux host never answers TCP with a port unreachable of its own, so that one is a REJECT. For UDP
-    a REJECT on the destination itself looks like a closed port and counts as allow.
+    a REJECT on the destination itself looks like a closed port and is allow here; whoever has a witness
+    there knows better.
     """
     if error.family is Family.V4:
         if error.type != _V4_UNREACHABLE or error.code == 4:  # 4: fragmentation needed

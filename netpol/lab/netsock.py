@@ -8,9 +8,11 @@ the namespace that it was made in, so one loop can serve those of many pods. Ent
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -24,6 +26,23 @@ IP_RECVERR = 11
 IPV6_RECVERR = 25
 #: asm-generic/socket.h; root may exceed net.core.rmem_max with it.
 SO_RCVBUFFORCE = 33
+
+#: The same: a classic BPF program that picks what a socket receives.
+SO_ATTACH_FILTER = 26
+#: linux/in6.h: let the kernel fill in the checksum at this offset of what a raw socket sends.
+_IPV6_CHECKSUM = 7
+_UDP_CHECKSUM_AT = 6
+
+#: linux/filter.h, struct sock_filter: code, jump if true, jump if false, number.
+_FILTER = struct.Struct("=HBBI")
+_LDX_HEADER_LENGTH = 0xB1  # X = 4 * (byte & 0xf)
+_LDX_NUMBER = 0x01
+_LD_BYTE_X = 0x50
+_AND_NUMBER = 0x54
+_JUMP_EQUAL = 0x15
+_RETURN = 0x06
+#: RFC 9293: where the flags stand in the header, and two of them.
+_TCP_FLAGS_AT, _SYN, _ACK = 13, 0x02, 0x10
 
 #: Receive buffer of sockets that can get a burst of answers: a small datagram is charged under 1 kB.
 RCVBUF_BYTES = 4 << 20
@@ -135,6 +154,53 @@ def reply_control(
             # struct in_pktinfo: interface, our address, the header's destination
             return [(level, kind, bytes(4) + data[4:8] + bytes(4))]
     return []
+
+
+def raw_udp(family: Family) -> socket.socket:
+    """A non-blocking raw UDP socket that says where datagrams were sent to.
+
+    Raises:
+        OSError: not root, or the family is missing.
+    """
+    sock = _raw(family, socket.IPPROTO_UDP)
+    ask_destination(sock)
+    if family is Family.V6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
+    return sock
+
+
+def raw_syn(family: Family) -> socket.socket:
+    """A non-blocking raw TCP socket that gets the first packets of connections alone.
+
+    Raises:
+        OSError: not root, or the family is missing.
+    """
+    sock = _raw(family, socket.IPPROTO_TCP)
+    program = b"".join(_FILTER.pack(*step) for step in _only_syn(family))
+    code = ctypes.create_string_buffer(program)
+    prog = struct.pack("@HP", len(program) // _FILTER.size, ctypes.addressof(code))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, prog)
+    return sock
+
+
+def _only_syn(family: Family) -> tuple[tuple[int, int, int, int], ...]:
+    """The classic BPF program: SYN without ACK. IPv4's raw sockets see the IP header, IPv6's do not."""
+    start = (_LDX_HEADER_LENGTH, 0, 0, 0) if family is Family.V4 else (_LDX_NUMBER, 0, 0, 0)
+    return (
+        start,
+        (_LD_BYTE_X, 0, 0, _TCP_FLAGS_AT),
+        (_AND_NUMBER, 0, 0, _SYN | _ACK),
+        (_JUMP_EQUAL, 0, 1, _SYN),
+        (_RETURN, 0, 0, 0xFFFF),
+        (_RETURN, 0, 0, 0),
+    )
+
+
+def _raw(family: Family, protocol: int) -> socket.socket:
+    sock = socket.socket(ip_family(family), socket.SOCK_RAW, protocol)
+    sock.setblocking(False)
+    big_buffer(sock)
+    return sock
 
 
 def raw_sctp(family: Family) -> socket.socket:

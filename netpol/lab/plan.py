@@ -95,6 +95,7 @@ class LabPlan:
         routes: "bgp" where the agents connect pods of all nodes, "static" where the lab does.
         subnets: how many segments the nodes are spread over.
         router: "frr" for a BGP router outside the cluster, "" for none.
+        agent_args: further arguments of every agent.
     """
 
     name: str = DEFAULT_NAME
@@ -107,6 +108,7 @@ class LabPlan:
     routes: str = "static"
     subnets: int = 1
     router: str = ""
+    agent_args: tuple[str, ...] = ()
     cni_bin_dir: Path = DEFAULT_CNI_BIN_DIR
     state_root: Path = STATE_ROOT
 
@@ -234,6 +236,7 @@ class LabPlan:
             "routes": self.routes,
             "subnets": self.subnets,
             "router": self.router,
+            "agent_args": list(self.agent_args),
             "cni_bin_dir": str(self.cni_bin_dir),
             "state_root": str(self.state_root),
         }
@@ -242,7 +245,7 @@ class LabPlan:
     def from_json(cls, data: dict[str, Any]) -> LabPlan:
         """Return the plan that was written by `as_json`."""
         paths = {name: Path(data[name]) for name in ("cni_bin_dir", "state_root")}
-        return cls(**(data | paths))
+        return cls(**(data | paths | {"agent_args": tuple(data["agent_args"])}))
 
 
 def check_name(name: str) -> None:

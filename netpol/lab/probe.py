@@ -3,7 +3,8 @@
 Owns the question and the form of the answer, the same as `netpol-ctl matrix -o json`; `probeengine` sends
 the packets. Judged is policy, not listening: whatever the destination's own stack answers (a connection,
 a reset, an ICMP error, an SCTP ABORT) proves that the packet passed, and only silence or a refusal
-on the way is a deny. A packet rejected with a *TCP reset* cannot be told from a closed port.
+on the way is a deny. A reset counts as the destination's own if the packet was seen to arrive there, so
+agents that reject and ports where nobody listens are told apart.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ machine did not give us does not count.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import random
 import select
@@ -171,25 +172,25 @@ class Engine:
     def _place_witnesses(self) -> None:
         """Put raw sockets into every namespace that takes part, for the families that are judged."""
         families = {family_of(s.address) for s in self._shots.values()}
-        protocols = {s.protocol for s in self._shots.values()} - {Protocol.TCP}
-        seen: set[tuple[int, int]] = set()
+        protocols = {s.protocol for s in self._shots.values()}
+        spaces: dict[tuple[int, int], list[End]] = {}
         for end in self._ends:
-            if end.netns is None or (key := netsock.netns_id(end.netns)) in seen:
-                continue
-            seen.add(key)
-            if not protocols:
-                continue
-            netns.enter(end.netns)
-            for family in families:
-                for protocol in protocols:
-                    try:
-                        self._wires.add_witness(protocol, family)
-                    except OSError as e:
-                        raise KernelError(
-                            f"cannot open a raw {protocol} socket in {end.netns}",
-                            needed="CAP_NET_RAW there",
-                            got=os.strerror(e.errno or 0),
-                        ) from e
+            if end.netns is not None:
+                spaces.setdefault(netsock.netns_id(end.netns), []).append(end)
+        for ends in spaces.values():
+            path = str(ends[0].netns)
+            netns.enter(path)
+            addresses = [address for end in ends for address in end.addresses]
+            for family, protocol in itertools.product(families, protocols):
+                mine = [address for address in addresses if family_of(address) is family]
+                try:
+                    self._wires.add_witness(protocol, family, mine)
+                except OSError as e:
+                    raise KernelError(
+                        f"cannot open a raw {protocol} socket in {path}",
+                        needed="CAP_NET_RAW there",
+                        got=os.strerror(e.errno or 0),
+                    ) from e
 
     def _windows(self, pairs_max: int, tcp_max: int) -> Iterator[list[Shot]]:
         """Split the cells so that few pairs and few connections are in use at a time.

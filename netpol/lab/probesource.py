@@ -65,16 +65,17 @@ class Source:
 
     def _send_tcp(self, shot: Shot, family: Family) -> None:
         sock = socket.socket(netsock.ip_family(family), socket.SOCK_STREAM)
-        flight = TcpFlight(sock, shot)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             netsock.ask_errors(sock)
-            self._tcp_ports[family] = self._bind(sock, family, self._tcp_ports.get(family))
+            sport = self._bind(sock, family, self._tcp_ports.get(family))
+            self._tcp_ports[family] = sport
             code = sock.connect_ex((shot.text, shot.port))
         except OSError:
             sock.close()
             raise
+        flight = TcpFlight(sock, shot, sport)
         if code == errno.EINPROGRESS:
             self._wires.add(flight, select.EPOLLOUT)
         else:
@@ -88,8 +89,7 @@ class Source:
             sock.setblocking(False)
             netsock.big_buffer(sock)
             netsock.ask_errors(sock)
-            self._bind(sock, family, None)
-            wire = self._udp[family] = Datagrams(sock)
+            wire = self._udp[family] = Datagrams(sock, self._bind(sock, family, None))
             self._wires.add(wire, select.EPOLLIN)
         wire.asked[shot.text, shot.port] = shot
         _send_past_errors(wire.sock, self._wires.token, (shot.text, shot.port))

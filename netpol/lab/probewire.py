@@ -3,7 +3,9 @@
 Owns all open sockets of a run; `probesource` makes those that ask. A witness is a raw socket in a
 destination's namespace that answers this run's UDP datagrams and SCTP INITs (known by a token), whether
 or not a server sits on the port: the kernel limits its own ICMP errors to a few a second, and knows no
-SCTP. The sockets that ask get ICMP errors with type and sender, so a refusal on the way is told apart.
+SCTP. Of TCP it sees the SYNs. A reset or an ICMP error is the destination's own only if the packet has
+arrived there: a firewall that rejects answers in the destination's name. The sockets that ask get ICMP
+errors with type and sender, so a refusal on the way is told apart.
 """
 
 from __future__ import annotations
@@ -14,19 +16,16 @@ import secrets
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from netpol.lab import icmperr, netsock, sctp
 from netpol.model.flow import Verdict
 from netpol.model.ids import Protocol
-from netpol.model.net import Family, parse_address
+from netpol.model.net import Family
 
 _UDP_HEADER = struct.Struct("!HHHH")
-#: linux/in6.h: let the kernel fill in the checksum at this offset of what a raw socket sends.
-_IPV6_CHECKSUM = 7
-_UDP_CHECKSUM_AT = 6
+_PORTS = struct.Struct("!HH")
 _WITNESS_ANSWER = b"netpol-probe-seen"
 #: struct linger: on, 0 s: close with a reset, so that no TIME_WAIT keeps the port.
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -53,27 +52,30 @@ class Shot:
 
 @dataclass(slots=True, eq=False)
 class TcpFlight:
-    """A connection being tried."""
+    """A connection being tried, from source port `sport`."""
 
     sock: socket.socket
     shot: Shot
+    sport: int
 
 
 @dataclass(slots=True, eq=False)
 class Datagrams:
-    """A UDP socket of one source in one round, and whom it asked."""
+    """A UDP socket of one source in one round: its port and whom it asked."""
 
     sock: socket.socket
+    sport: int
     asked: dict[tuple[str, int], Shot] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
 class _Witness:
-    """A raw socket at a destination; for SCTP also where a source's answers arrive."""
+    """A raw socket at a destination, and what of this run it saw: source and destination ports."""
 
     sock: socket.socket
     protocol: Protocol
     family: Family
+    seen: set[tuple[int, int]] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -87,9 +89,6 @@ class SctpAsker:
 
 _Wire = TcpFlight | Datagrams | _Witness | SctpAsker
 
-#: Address text as recvfrom() reports it, to packed.
-_packed: Callable[[str], bytes] = lru_cache(maxsize=65536)(parse_address)
-
 
 class Wires:
     """All open sockets of a run behind one epoll."""
@@ -101,6 +100,7 @@ class Wires:
         self.packets = 0
         self.faults: set[tuple[int, str, int]] = set()
         self._wires: dict[int, _Wire] = {}
+        self._witnesses: dict[tuple[Protocol, bytes], _Witness] = {}
 
     def add(self, wire: _Wire, events: int) -> None:
         """Watch a socket."""
@@ -108,22 +108,22 @@ class Wires:
         self._wires[fd] = wire
         self.epoll.register(fd, events)
 
-    def add_witness(self, protocol: Protocol, family: Family) -> None:
-        """Open a witness in the namespace that the thread is in.
+    def add_witness(self, protocol: Protocol, family: Family, addresses: Sequence[bytes]) -> None:
+        """Open a witness in the namespace that the thread is in, which has these addresses.
 
         Raises:
             OSError: not allowed, or the family is missing.
         """
-        if protocol is Protocol.SCTP:
-            sock = netsock.raw_sctp(family)
-        else:
-            sock = socket.socket(netsock.ip_family(family), socket.SOCK_RAW, socket.IPPROTO_UDP)
-            sock.setblocking(False)
-            netsock.big_buffer(sock)
-            netsock.ask_destination(sock)
-            if family is Family.V6:
-                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_AT)
-        self.add(_Witness(sock, protocol, family), select.EPOLLIN)
+        match protocol:
+            case Protocol.TCP:
+                sock = netsock.raw_syn(family)
+            case Protocol.SCTP:
+                sock = netsock.raw_sctp(family)
+            case _:
+                sock = netsock.raw_udp(family)
+        witness = _Witness(sock, protocol, family)
+        self.add(witness, select.EPOLLIN)
+        self._witnesses |= {(protocol, address): witness for address in addresses}
 
     def read(self, fd: int) -> Iterator[Shot]:
         """Read all that a socket has; yields the questions that it answered."""
@@ -148,8 +148,11 @@ class Wires:
         """Judge a finished attempt by its errno and let go of it."""
         shot = flight.shot
         error = _next_error(flight.sock) if code else None
-        if code == 0 or (code == errno.ECONNREFUSED and error is None):
-            verdict: Verdict | None = Verdict.ALLOW  # connected, or reset by the destination
+        verdict: Verdict | None
+        if code == 0:
+            verdict = Verdict.ALLOW
+        elif code == errno.ECONNREFUSED and error is None:
+            verdict = Verdict.ALLOW if self._arrived(shot, flight.sport) else Verdict.DENY
         elif error is not None:
             verdict = icmperr.judge(error[0], protocol=shot.protocol, destination=shot.address)
         else:
@@ -158,6 +161,28 @@ class Wires:
                 self.faults.add((shot.source, shot.text, code))
         self.drop(flight)
         if verdict is not None and shot.verdict is None:
+            shot.verdict = verdict
+            yield shot
+
+    def _arrived(self, shot: Shot, sport: int) -> bool:
+        """Whether a packet has reached its destination, as far as we know; asked when it was refused.
+
+        The witness gets it before the destination's stack answers, so reading now finds it.
+        """
+        witness = self._witnesses.get((shot.protocol, shot.address))
+        if witness is None:
+            return True  # nobody is there to ask: the answer is believed
+        self._testify(witness)
+        return (sport, shot.port) in witness.seen
+
+    def _blame(self, error: icmperr.IcmpError, shot: Shot | None, sport: int) -> Iterator[Shot]:
+        """Judge a question by an ICMP error about it."""
+        if shot is None or shot.verdict is not None:
+            return
+        verdict = icmperr.judge(error, protocol=shot.protocol, destination=shot.address)
+        if verdict is Verdict.ALLOW and not self._arrived(shot, sport):
+            verdict = Verdict.DENY
+        if verdict is not None:
             shot.verdict = verdict
             yield shot
 
@@ -175,7 +200,7 @@ class Wires:
                 yield shot
         while (error := _next_error(wire.sock)) is not None:
             icmp, _, target = error
-            yield from _blame(icmp, wire.asked.get(target))
+            yield from self._blame(icmp, wire.asked.get(target), wire.sport)
 
     def _read_sctp(self, wire: SctpAsker) -> Iterator[Shot]:
         v4 = wire.sock.family is socket.AF_INET
@@ -204,7 +229,7 @@ class Wires:
             icmp, quoted, target = error
             ports = sctp.ports_of(quoted)
             if ports is not None and ports[0] == wire.sport:
-                yield from _blame(icmp, wire.asked.get((target[0], ports[1])))
+                yield from self._blame(icmp, wire.asked.get((target[0], ports[1])), wire.sport)
 
     def _testify(self, wire: _Witness) -> None:
         """Answer this run's packets that arrived here."""
@@ -215,6 +240,10 @@ class Wires:
                 return
             except OSError:
                 continue
+            if wire.protocol is Protocol.TCP:
+                header = (data[0] & 0xF) * 4 if wire.family is Family.V4 else 0
+                wire.seen.add(_PORTS.unpack_from(data, header))
+                continue
             if wire.family is Family.V4:
                 data = (sctp.strip_ipv4(data) or (b"", b"", b""))[2]
             reply = (
@@ -222,6 +251,7 @@ class Wires:
             )
             if reply is None:
                 continue
+            wire.seen.add(_PORTS.unpack_from(data))
             target = (address[0], 0) if len(address) == 2 else (address[0], 0, *address[2:])
             # A lost answer is a silent one: the question is asked again.
             with contextlib.suppress(OSError):
@@ -282,13 +312,3 @@ def _next_error(
             return error, quoted, (target[0], target[1])
         if error is not None:
             return error, quoted, ("", 0)
-
-
-def _blame(error: icmperr.IcmpError, shot: Shot | None) -> Iterator[Shot]:
-    """Judge a question by an ICMP error about it."""
-    if shot is None or shot.verdict is not None:
-        return
-    verdict = icmperr.judge(error, protocol=shot.protocol, destination=_packed(shot.text))
-    if verdict is not None:
-        shot.verdict = verdict
-        yield shot

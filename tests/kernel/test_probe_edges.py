@@ -78,6 +78,36 @@ def test_a_refusal_with_an_icmp_error_on_the_way_is_a_deny(bridge, family, targe
     assert result.packets == result.probes
 
 
+@pytest.mark.parametrize("variant", ["nft", "legacy"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_reset_of_a_firewall_is_a_deny_and_one_of_the_destination_is_not(bridge, family, variant):
+    """Nobody listens on port 80 of any pod: both resets have the destination's address."""
+    reject = (
+        f"-A FORWARD -p tcp -d {bridge.texts(1)[family == 6]} -j REJECT --reject-with tcp-reset"
+    )
+    bridge.rules(variant, family, f"{OPEN}\n{ESTABLISHED}\n{reject}")
+    try:
+        result = run_probe(pods=bridge.ends, ports=PORTS, family=Family(family))
+    finally:
+        bridge.rules(variant, family, OPEN)
+    assert verdicts(result) == {**ALLOW, "80/TCP": "deny"}
+    assert verdicts(result, dst="t/p2") == ALLOW
+    assert result.packets == result.probes
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_destination_that_rejects_in_its_own_firewall_is_a_deny(bridge, family):
+    gateway = ("10.9.0.1", "fd09::1")[family == 6]
+    node = ProbeEnd(gateway, bridge.node, (parse_address(gateway),))
+    source = bridge.texts(0)[family == 6]
+    lines = [f"-A INPUT -p {p} -s {source} -j REJECT" for p in ("udp", "sctp")]
+    lines.append(f"-A INPUT -p tcp -s {source} -j REJECT --reject-with tcp-reset")
+    bridge.rules("nft", family, "\n".join((OPEN, *lines)))
+    result = run_probe(pods=bridge.ends, ports=PORTS, externals=[node], family=Family(family))
+    assert verdicts(result, dst=gateway) == DENY
+    assert verdicts(result, src="t/p2", dst=gateway) == ALLOW
+
+
 def test_the_next_run_does_not_ride_on_connections_of_the_last(bridge):
     """Conntrack holds the first run's connections; rule 1 passes them, so reused ports would show allow."""
     drop = f"-A FORWARD -s {bridge.texts(0)[0]} -j DROP"
