@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import services
+from netpol.config import DEFAULT_SERVICE_MARK_MASK
 from netpol.k8s.decode import decode_object
 from netpol.kernel.conntrack import NetlinkFlows
 from netpol.kernel.drivers import Variant
@@ -43,7 +44,7 @@ ENDPOINTS = 10
 WINDOWS, EVENTS, GAP_S = 3, 120, 0.02
 #: For the first look at everything, which a start brings with it.
 SETTLE_S = 4.0
-MARK_MASK = 0x000F_FF00
+MARK_MASK = DEFAULT_SERVICE_MARK_MASK
 APPLY_TIMEOUT_S = 30.0
 SOURCES = {Family.V4: parse_address(services.NODE_ADDRESS)}
 

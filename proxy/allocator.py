@@ -48,14 +48,24 @@ Reserved = Mapping[bytes, Collection[ObjectKey]]
 
 
 def settle(
-    claims: Iterable[Claim], *, pools: Sequence[AddressRange], reserved: Reserved
+    claims: Iterable[Claim],
+    *,
+    pools: Sequence[AddressRange],
+    reserved: Reserved,
+    machines: Collection[bytes] = (),
 ) -> dict[ObjectKey, Grant]:
     """Give every claim its addresses; no address goes to two of them.
 
     In this order: what is held stays held (of two holders the older's), also outside the pools and whoever
     else names it; then requests; then any free address, the lowest of the first pool that has one.
+
+    Args:
+        claims: all of them, in any order.
+        pools: where addresses come from.
+        reserved: addresses that Services use without claiming them.
+        machines: addresses of nodes and routers, which no Service can have, also where a pool holds them.
     """
-    round_ = _Round(claims, pools, reserved)
+    round_ = _Round(claims, pools, reserved, frozenset(machines))
     round_.adopt()
     round_.honour_requests()
     round_.fill_up()
@@ -66,10 +76,14 @@ class _Round:
     """One settling."""
 
     def __init__(
-        self, claims: Iterable[Claim], pools: Sequence[AddressRange], reserved: Reserved
+        self,
+        claims: Iterable[Claim],
+        pools: Sequence[AddressRange],
+        reserved: Reserved,
+        machines: frozenset[bytes],
     ) -> None:
         self._claims = sorted(claims, key=lambda c: (c.created, c.key))
-        self._pools, self._reserved = pools, reserved
+        self._pools, self._reserved, self._machines = pools, reserved, machines
         self._owner: dict[bytes, ObjectKey] = {}
         self._has: dict[ObjectKey, list[bytes]] = {c.key: [] for c in self._claims}
         self._faults: dict[ObjectKey, list[Refused]] = {c.key: [] for c in self._claims}
@@ -113,6 +127,8 @@ class _Round:
             return None
         if not any(pool.contains(address) for pool in self._pools):
             return Refused("AddressOutsidePools", f"{text} is in no pool of --loadbalancer-pools")
+        if address in self._machines:
+            return Refused("AddressTaken", f"{text} is a node's, a router's or the API server's")
         if owner is None:
             owner = next(iter(self._others(claim.key, address)), None)
         if owner is not None:
@@ -160,7 +176,8 @@ class _Round:
             first = int.from_bytes(pool.first, "big")
             for number in range(first, first + pool.size):
                 address = number.to_bytes(len(pool.first), "big")
-                if address not in self._owner and not self._reserved.get(address):
+                taken = address in self._owner or address in self._machines
+                if not taken and not self._reserved.get(address):
                     yield address
 
     def _others(self, key: ObjectKey, address: bytes) -> list[ObjectKey]:

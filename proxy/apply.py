@@ -12,7 +12,6 @@ import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import assert_never
 
 from netpol.aio.clock import Clock
 from netpol.kernel.converge import table_change
@@ -25,35 +24,33 @@ from netpol.kernel.drivers import (
     TableDriver,
     VipDriver,
 )
-from netpol.model.ids import ObjectKey, SetName
+from netpol.kernel.ipvs import Forward
+from netpol.kernel.ipvs import RealServer as ServedReal
+from netpol.model.ids import SetName
 from netpol.model.ipvs import (
-    AddReal,
     AddServer,
     DeleteReal,
-    DeleteServer,
     ForwardMethod,
-    IpvsFailure,
     IpvsOp,
     RealConfig,
     ServerId,
     ServerState,
-    SetReal,
-    SetServer,
 )
-from netpol.model.net import Family, format_address
+from netpol.model.net import Family
 from netpol.model.ruleset import AddressPort, Member
-from proxy import names
-from proxy.desired import Change, Desired, Place
+from proxy.desired import Change, Desired
 from proxy.drain import Drains, Gone
 from proxy.ledger import Word
 from proxy.ledger_file import LedgerFile
-from proxy.lower import Server
+from proxy.lower import KernelPart, Server
 from proxy.marks import MarkKey
+from proxy.status import Live
 from proxy.steps import Have, have_of, id_of, open_up, release, restrict
+from proxy.troubles import Troubles, port_of
 from proxy.work import Static, Work, members_wanted, plan_sets
 
-#: What the kernel says of something to delete that is not there.
-_NOT_THERE = frozenset({errno.ENOENT, errno.ESRCH})
+#: What IPVS serves otherwise, as who reads its table knows it; None is a service that is gone.
+ServedChange = Mapping[AddressPort, frozenset[ServedReal] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +77,7 @@ class Applier:
         grace_s: how long a backend drains at most.
 
     Attributes:
-        troubles: servers that are not as they must be, and why.
-        vip_troubles: the same of addresses.
+        troubles: what was refused.
         foreign: somebody else's servers, at the last look at everything.
     """
 
@@ -90,13 +86,10 @@ class Applier:
     ) -> None:
         self._drivers, self._ledger, self._clock = drivers, ledger, clock
         self.drains = Drains(grace_s)
-        self.troubles: dict[ServerId, str] = {}
-        self.vip_troubles: dict[bytes, str] = {}
+        self.troubles = Troubles()
         self.foreign: tuple[ServerId, ...] = ()
         self.ops = 0
         self._link: set[bytes] = set()
-        # Wanted servers that do not stand: their ports stay shut.
-        self._absent: set[ServerId] = set()
         self._flows: list[FlowMatch] = []
         self._sources: Mapping[Family, bytes] = {}
 
@@ -116,7 +109,7 @@ class Applier:
         self._link = set(self._drivers.vips.dump() or ())
         misrouted = self._drivers.vips.misrouted(static.sources) if self._link else frozenset()
         work = Work()
-        self.troubles, self.vip_troubles, self._absent = {}, {}, set()
+        self.troubles = Troubles()
         self._plan_servers(work, desired, states)
         self._plan_leftovers(work, desired, states)
         plan_sets(work, members_wanted(desired, static), self._drivers.sets.dump())
@@ -136,7 +129,7 @@ class Applier:
         asked = [
             id_
             for id_, (before, _) in change.servers.items()
-            if before is None or id_ in self.troubles
+            if before is None or id_ in self.troubles.servers
         ]
         states = self._drivers.ipvs.read(asked) if asked else {}
         work = Work(vips_add=change.vips_add, vips_remove=change.vips_remove)
@@ -154,13 +147,13 @@ class Applier:
 
     def retry(self, desired: Desired) -> None:
         """Read back what was refused, and try it again."""
-        ids = list(self.troubles)
+        ids = list(self.troubles.servers)
         states = self._drivers.ipvs.read(ids)
         work = Work()
         for id_ in ids:
             self._plan_read(work, id_, states.get(id_), desired.servers.get(id_))
             self._reopen(work, id_, desired)
-        for vip in self.vip_troubles:
+        for vip in self.troubles.vips:
             (work.vips_add if desired.vips.claimed(vip) else work.vips_remove).append(vip)
         self._execute(work)
 
@@ -176,22 +169,38 @@ class Applier:
             if id_ not in refused:
                 self.drains.end(id_, real)
 
-    def errors(self, desired: Desired) -> dict[ObjectKey, list[str]]:
-        """What was refused, by the Services that want it; what nobody wants is nobody's."""
-        found: dict[ObjectKey, list[str]] = {}
-        nobody = (ObjectKey("", ""),)
-        for id_, why in self.troubles.items():
-            for service in desired.servers.services(id_) or nobody:
-                found.setdefault(service, []).append(f"{id_}: {why}")
-        for vip, why in self.vip_troubles.items():
-            for service in desired.vips.services(vip) or nobody:
-                found.setdefault(service, []).append(f"{format_address(vip)}: {why}")
-        return found
-
     @property
-    def shut(self) -> set[Place]:
-        """Ports that are wanted and stay shut, since their server does not stand."""
-        return {port_of(id_) for id_ in self._absent.copy() if id_.protocol is not None}
+    def ledger_fault(self) -> str:
+        """Why a former agent's ledger is not believed, or ""."""
+        return self._ledger.fault
+
+    def served(self, ids: Iterable[ServerId], desired: Desired) -> ServedChange | None:
+        """What IPVS serves by some servers, after they were changed; None where that is not known."""
+        out: dict[AddressPort, frozenset[ServedReal] | None] = {}
+        for id_ in ids:
+            if id_ in self.troubles.servers:
+                return None
+            if id_.protocol is None:
+                continue
+            have = self._have(desired.servers.get(id_))
+            service = AddressPort(id_.address, id_.protocol, id_.port)
+            out[service] = have and frozenset(
+                ServedReal(real.address, Forward[config.forward.name])
+                for real, config in have.reals.items()
+            )
+        return out
+
+    def live(self, part: KernelPart, errors: tuple[str, ...]) -> Live:
+        """A Service as the kernel has it now."""
+        wanted = tuple(server.virtual.id for server in part.servers)
+        states = self._drivers.ipvs.read(wanted)
+        now_s = self._clock.monotonic()
+        draining = {
+            id_: {real: now_s - since_s for real, since_s in reals.items()}
+            for id_ in wanted
+            if (reals := self.drains.of(id_))
+        }
+        return Live(wanted, states, draining, errors)
 
     def close(self) -> None:
         """Release sockets and the ledger's file; the kernel stays as it is."""
@@ -228,8 +237,7 @@ class Applier:
         self, work: Work, id_: ServerId, state: ServerState | None, want: Server | None
     ) -> None:
         """Plan for a server that was just read; somebody else's is trouble if it is wanted."""
-        self.troubles.pop(id_, None)
-        self._absent.discard(id_)
+        self.troubles.forget(id_)
         if state is not None and not self.is_ours(id_):
             if want is not None:
                 self._conflict(work, id_)
@@ -246,7 +254,7 @@ class Applier:
         self._fact(work, want)
 
     def _conflict(self, work: Work, id_: ServerId) -> None:
-        self.troubles[id_] = "somebody else has this server in IPVS; it is left as it is"
+        self.troubles.conflict(id_)
         work.facts.append((Word.FOREIGN, id_, None))
 
     def _reopen(self, work: Work, id_: ServerId, desired: Desired) -> None:
@@ -318,10 +326,10 @@ class Applier:
             return
         refused = dict(self._drivers.vips.apply(add=add, remove=remove, sources=self._sources))
         for vip in (*add, *remove):
-            self.vip_troubles.pop(vip, None)
+            self.troubles.vips.pop(vip, None)
         for vip, code in refused.items():
             verb = "adding" if vip in add else "removing"
-            self.vip_troubles[vip] = f"{verb} it: {os.strerror(code)}"
+            self.troubles.vips[vip] = f"{verb} it: {os.strerror(code)}"
         self._link.update(v for v in add if v not in refused)
         self._link.difference_update(v for v in remove if v not in refused)
 
@@ -338,11 +346,12 @@ class Applier:
 
     def _without_absent(self, work: Work) -> dict[SetName, dict[Member, int | None]]:
         """What may be opened: no port without a server, since it would be the node's own."""
-        if not self._absent:
+        absent = self.troubles.shut
+        if not absent:
             return work.add
         add = {name: dict(members) for name, members in work.add.items()}
         shut: dict[SetName, list[Member]] = {}
-        for name, member in self.shut:
+        for name, member in absent:
             add.get(name, {}).pop(member, None)
             shut.setdefault(name, []).append(member)
         self._change_sets(restrict({}, shut))
@@ -355,46 +364,12 @@ class Applier:
         self.ops += len(ops)
         refused: set[ServerId] = set()
         for failure in self._drivers.ipvs.apply(ops):
-            if self._is_trouble(failure, fresh):
-                refused.add(id_of(failure.op))
-        return refused
-
-    def _is_trouble(self, failure: IpvsFailure, fresh: Iterable[ServerId]) -> bool:
-        op, code = failure
-        id_ = id_of(op)
-        why = os.strerror(code)
-        match op:
-            case DeleteServer() | DeleteReal() if code in _NOT_THERE:
-                return False
-            case AddServer() if code == errno.EEXIST and id_ in fresh:
+            id_ = id_of(failure.op)
+            if isinstance(failure.op, AddServer) and failure.code == errno.EEXIST and id_ in fresh:
                 # It came into being after it was looked for.
-                work = Work()
-                self._conflict(work, id_)
-                self._ledger.say(work.facts)
-            case AddServer() if code == errno.EEXIST:
-                self.troubles[id_] = "it stands already, which the kernel did not say when asked"
-            case AddServer():
-                self.troubles[id_] = f"adding it (scheduler {op.server.scheduler}): {why}"
-                self._absent.add(id_)
-            case SetServer():
-                self.troubles[id_] = f"changing it (scheduler {op.server.scheduler}): {why}"
-                if code in _NOT_THERE:
-                    self._absent.add(id_)
-            case AddReal() | SetReal() | DeleteReal():
-                at = f"{format_address(op.real.address)} port {op.real.port}"
-                self.troubles.setdefault(id_, f"{_VERBS[type(op)]} backend {at}: {why}")
-            case DeleteServer():
-                self.troubles[id_] = f"deleting it: {why}"
-            case _:
-                assert_never(op)
-        return True
-
-
-_VERBS: Mapping[type, str] = {AddReal: "adding", SetReal: "changing", DeleteReal: "deleting"}
-
-
-def port_of(id_: ServerId) -> Place:
-    """The member that opens the port of a server by address."""
-    assert id_.protocol is not None  # noqa: S101 - servers by mark have no port
-    member = AddressPort(id_.address, id_.protocol, id_.port)
-    return names.PORT[id_.family].name, member
+                self.troubles.conflict(id_)
+                self._ledger.say([(Word.FOREIGN, id_, None)])
+                refused.add(id_)
+            elif self.troubles.refused(failure):
+                refused.add(id_)
+        return refused

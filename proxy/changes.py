@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from types import MappingProxyType
 
 from netpol.model.ids import ObjectKey
@@ -55,6 +56,7 @@ class Tracker:
         self._slices: dict[ObjectKey, tuple[EndpointSlice, ...]] = {}
         self._nodes: dict[str, Node] = {}
         self._dirty: dict[ObjectKey, None] = {}
+        self._touched: dict[ObjectKey, None] = {}  # planned, or judged anew, since the last flush
         self._wanted: dict[ObjectKey, ServicePlan] = {}
         self._plans: dict[ObjectKey, ServicePlan] = {}
         self._owners: dict[RowKey, ObjectKey] = {}
@@ -200,20 +202,30 @@ class Tracker:
     @property
     def pending(self) -> bool:
         """Whether a flush has something to do."""
-        return bool(self._dirty)
+        return bool(self._dirty or self._touched)
 
     @property
     def plans(self) -> Mapping[ObjectKey, ServicePlan]:
         """All plans of the last flush, those of Services without anything to say left out; a live view."""
         return MappingProxyType(self._plans)
 
+    def plan_some(self, count: int) -> bool:
+        """Plan so many Services at most, for the next flush; whether others are left to be planned.
+
+        So that whoever must not be held up for long can let others work in between, with changes too.
+        """
+        for key in list(islice(self._dirty, count)):
+            del self._dirty[key]
+            self._touched[key] = None
+            self._plan(key, self._touched)
+        return bool(self._dirty)
+
     def flush(self) -> dict[ObjectKey, ServicePlan | None]:
         """The plans that have changed since the last flush; None for a Service that needs nothing more."""
-        dirty, self._dirty = self._dirty, {}
-        for key in list(dirty):
-            self._plan(key, dirty)
+        self.plan_some(len(self._dirty))
+        touched, self._touched = self._touched, {}
         changed: dict[ObjectKey, ServicePlan | None] = {}
-        for key in dirty:
+        for key in touched:
             before, after = self._plans.get(key), self._settled(key)
             if before == after:
                 continue

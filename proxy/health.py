@@ -47,9 +47,9 @@ class ProxyHealth:
         if self._waiting_since_s is None:
             self._waiting_since_s = self._clock.monotonic()
 
-    def updated(self) -> None:
-        """Everything seen so far is in the kernel."""
-        self._waiting_since_s = None
+    def updated(self, waiting_since_s: float | None = None) -> None:
+        """Something was applied; since when what came meanwhile waits, by the monotonic clock."""
+        self._waiting_since_s = waiting_since_s
         self._updated_wall_s = self._clock.wall()
 
     def healthy(self) -> bool:

@@ -11,14 +11,14 @@ known whatever this node's watch has seen; what this one writes is taken into th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import structlog
 
 from netpol.aio.clock import Clock, SystemClock
 from netpol.aio.runner import BoundedRunner
-from netpol.aio.tasks import cancel, spawn
+from netpol.aio.tasks import cancel
 from netpol.k8s.api import Api
 from netpol.k8s.cache import Change, Store
 from netpol.k8s.decode import SERVICE, decode
@@ -51,6 +51,7 @@ class LoadBalancerController:
     Args:
         store: the cluster's Services, which somebody watches; `changed` must be subscribed to it.
         told: called when the faults of some Service changed.
+        machines: tells addresses of nodes and routers, which must not be given.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class LoadBalancerController:
         default_class: bool,
         elector: Callable[[Callable[[bool], None]], Elector],
         told: Callable[[], None] = lambda: None,
+        machines: Callable[[], Collection[bytes]] = tuple,
         clock: Clock | None = None,
     ) -> None:
+        self._machines = machines
         self._api, self._store, self._pools = api, store, pools
         self._class, self._default_class = load_balancer_class, default_class
         self._told = told
@@ -92,11 +95,18 @@ class LoadBalancerController:
 
     async def run_forever(self) -> None:
         """Contend and allocate until cancelled."""
-        contending = spawn("load balancer lease", self.elector.run_forever())
+        contending = asyncio.create_task(self.elector.run_forever(), name="lease")
+        allocating = asyncio.create_task(self._runner.run_forever(), name="allocating")
         try:
-            await self._runner.run_forever()
+            # Neither ends by itself; if one does, so does all of it, and the agent says so.
+            ended, _ = await asyncio.wait(
+                (contending, allocating), return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in ended:
+                task.result()
         finally:
-            # By now nothing is being written any more: the Lease may be given back.
+            # Nothing is being written any more when the Lease is given back.
+            await cancel(allocating)
             await cancel(contending)
 
     # -- one settling -----------------------------------------------------------------------
@@ -109,7 +119,12 @@ class LoadBalancerController:
                 self._store.put(item)
             await self._store.wait_synced()
             self._listed = True
-        grants = settle(self._claims(), pools=self._pools, reserved=self._reserved())
+        grants = settle(
+            self._claims(),
+            pools=self._pools,
+            reserved=self._reserved(),
+            machines=self._machines(),
+        )
         faults = {key: grant.faults for key, grant in grants.items() if grant.faults}
         if faults != self.faults:
             self.faults = faults
@@ -200,6 +215,9 @@ class LoadBalancerController:
             if e.status not in (404, 409):
                 raise
             await self._reread(key, path)
+            if (self._store.get(key), self._store.version(key)) == (service, version):
+                raise  # nobody changed it: asked again at once, it would only be refused again
+            self._runner.mark()
             return
         self.writes += 1
         self._written[key] = service.uid
@@ -209,8 +227,7 @@ class LoadBalancerController:
         )
 
     async def _reread(self, key: ObjectKey, path: str) -> None:
-        """Somebody changed it meanwhile: decide again with the object as it is."""
-        self._runner.mark()
+        """Somebody changed it meanwhile: the next decision needs the object as it is."""
         try:
             self._take(await self._api.get(path))
         except ApiError as e:

@@ -19,9 +19,10 @@ from netpol.model.ipvs import ServerId
 from netpol.model.net import Family
 from netpol.model.ruleset import Member
 from proxy import names
-from proxy.apply import Applier, Drivers, port_of
+from proxy.apply import Applier, Drivers
 from proxy.desired import Change, Desired, Place
 from proxy.steps import ServerOps, have_of
+from proxy.troubles import Troubles, port_of
 from proxy.work import Static, Work, plan_sets
 
 T = TypeVar("T")
@@ -45,11 +46,11 @@ class Touched:
         for name, members in (*change.add.items(), *change.delete.items()):
             self.places.update((name, member) for member in members)
 
-    def troubles(self, applier: Applier) -> None:
+    def retry(self, troubles: Troubles) -> None:
         """What was refused is tried again."""
-        self.servers.update(applier.troubles)
-        self.vips.update(applier.vip_troubles)
-        self.places.update(port_of(id_) for id_ in applier.troubles if id_.protocol)
+        self.servers.update(troubles.servers)
+        self.vips.update(troubles.vips)
+        self.places.update(port_of(id_) for id_ in troubles.servers if id_.protocol)
 
 
 class Runner(Protocol):
@@ -108,7 +109,7 @@ class Look:
         ops = ServerOps()
         for part in _parts([*wanted, *(id_ for id_ in states if not wanted.claimed(id_))]):
             for id_ in part:
-                if id_ in touched.servers or id_ in applier.troubles:
+                if id_ in touched.servers or id_ in applier.troubles.servers:
                     continue
                 state, want = states.get(id_), wanted.get(id_)
                 if want is not None or applier.is_ours(id_):
@@ -123,7 +124,7 @@ class Look:
             misrouted = partial(self._drivers.vips.misrouted, static.sources)
             wrong.update(await self._read(misrouted, still))
         wrong -= touched.vips
-        wrong -= self._applier.vip_troubles.keys()
+        wrong -= self._applier.troubles.vips.keys()
         return f"{len(wrong)} addresses differ" if wrong else ""
 
     async def _sets(self, static: Static, touched: Touched, still: Callable[[], bool]) -> str:
@@ -142,7 +143,7 @@ class Look:
             dump = await self._read(partial(self._drivers.sets.dump, [name]), still)
             plan_sets(work, {name: want[name]} if name in want else {}, dump)
             wrong = {*work.add.get(name, ()), *work.delete.get(name, ())}
-            skip = touched.places | self._applier.shut
+            skip = touched.places | self._applier.troubles.shut
             if work.create or work.destroy or any((name, m) not in skip for m in wrong):
                 found.append(name)
         return f"sets differ: {', '.join(found)}" if found else ""

@@ -8,6 +8,7 @@ The chains never change with Services; sets do (`proxy.names`, `proxy.lower`). W
     nat PREROUTING      what is ours is not for other programs' DNAT (host ports, leftovers of a proxy)
     nat OUTPUT          the same for the node
     filter INPUT        sources of LB, DROP, REJECT; on a VIP only served ports, ping and errors
+    filter FORWARD      answers pass
     nat POSTROUTING     masquerade, of what IPVS sends on
 
 IPVS takes a packet at INPUT (priority 98 or 99, behind filter) or, of the node's own, at OUTPUT (-98, before
@@ -45,6 +46,9 @@ a port of a VIP that no Service has
     Refused at once: TCP by a reset, the rest by "port unreachable". The node listens on its own addresses
     alone, whatever sockets on 0.0.0.0 or :: say. This is asked of every packet, not of the first one only:
     an old connection's addresses and ports open nothing.
+answers of a backend
+    Pass filter's FORWARD, also where a host's policy there is DROP, as with Docker. The request came by INPUT
+    and OUTPUT, and mangle has judged both. Nothing else is let through that the host would not forward.
 answers to a VIP
     A process of the node may speak from one, if it binds to it or while the address has no route with a
     source yet: what answers it comes in. Nobody else begins a connection that way.
@@ -107,6 +111,7 @@ PREROUTING, INPUT, OUTPUT = _chain("PRE"), _chain("IN"), _chain("OUT")
 POSTROUTING = _chain("POST")
 #: filter: a connection that begins; a packet to an address of ours.
 NEW, VIP = _chain("NEW"), _chain("VIP")
+FORWARD = _chain("FWD")
 #: filter: where what is refused ends.
 REFUSE = _chain("REFUSE")
 #: mangle: a connection that the node begins.
@@ -194,8 +199,9 @@ def _filter(options: RuleOptions, family: Family) -> Ruleset:
             Rule(Reject("tcp-reset"), (IpProtocol(Protocol.TCP),)),
             Rule(_UNREACHABLE[family]),
         ),
+        FORWARD: (Rule(Accept(), (CtState(("RELATED", "ESTABLISHED"), replies=True),)),),
     }
-    return Ruleset(chains, {Hook.INPUT: INPUT})
+    return Ruleset(chains, {Hook.INPUT: INPUT, Hook.FORWARD: FORWARD})
 
 
 def _other_sources(family: Family) -> Rule:

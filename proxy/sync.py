@@ -13,19 +13,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 
-from netpol.aio.backoff import Backoff
 from netpol.aio.clock import Clock, SystemClock
+from netpol.aio.pause import pause
 from netpol.aio.runner import BoundedRunner
 from netpol.lib.errors import NetpolError
 from netpol.model.ids import ObjectKey
 from netpol.model.ipvs import ServerId
-from proxy.apply import Applier, Drivers
-from proxy.desired import Desired
+from proxy.apply import Applier, Drivers, ServedChange
+from proxy.desired import Change, Desired
+from proxy.due import Due
 from proxy.ledger_file import LedgerFile
 from proxy.look import Look, Touched
 from proxy.lower import PODS, KernelPart, lower, lower_pods
@@ -37,18 +37,8 @@ from proxy.work import Static
 _log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-#: After a write the kernel is read back at growing intervals, since whoever undoes us does it soon.
-FIRST_LOOK_S = 0.05
-LAST_LOOK_S = 30.0
-#: Looks take at most this part of the time. They share the processor with changes, and long ones, of large
-#: tables, must be so seldom that hardly any change meets one.
-LOOK_SHARE, LONG_LOOK_SHARE, LONG_LOOK_S = 0.1, 0.01, 0.2
-#: How often it is looked whether draining backends are idle.
-DRAIN_LOOK_S = 1.0
-#: What was refused is tried again after this, then after twice as long, and so on.
-FIRST_RETRY_S = 0.5
-LAST_RETRY_S = 30.0
-_NEVER = float("inf")
+#: More Services than these are lowered where that holds nobody up.
+LOWER_AT_ONCE = 100
 
 
 class ProxyRoom:
@@ -58,7 +48,8 @@ class ProxyRoom:
         ledger: the ledger's file, not loaded yet.
         static: tells rules, sets and sources anew, at every look at everything.
         sysctls: keeps the node's settings, and tells why it cannot.
-        applied: told after every run that may have changed what IPVS serves.
+        applied: told after every run.
+        served: told what IPVS serves otherwise; None where that must be looked at.
     """
 
     def __init__(
@@ -71,10 +62,11 @@ class ProxyRoom:
         sysctls: Callable[[], Sequence[str]] = tuple,
         clock: Clock | None = None,
         applied: Callable[[], None] = lambda: None,
+        served: Callable[[ServedChange | None], None] = lambda _: None,
     ) -> None:
         self._options = options
         self._drivers, self._static, self._sysctls = drivers, static, sysctls
-        self._tell_applied = applied
+        self._tell_applied, self._tell_served = applied, served
         self._clock = clock or SystemClock()
         self._applier = Applier(drivers, ledger, grace_s=self._options.drain_s, clock=self._clock)
         self._desired = Desired()
@@ -96,13 +88,11 @@ class ProxyRoom:
         self._started = self._loaded = False
         self._unsure = True  # what the kernel has is not known
         self._asked = False  # somebody wants everything compared
-        self._told_at_s: float | None = None
-        self._retries = Backoff(
-            base_s=FIRST_RETRY_S, max_s=LAST_RETRY_S, uniform=lambda _low, high: high
+        self._upheavals = (
+            0  # how often so much came that a look which is under way would be in its way
         )
-        self._look_gap_s = FIRST_LOOK_S
-        self._look_at_s = self._drain_at_s = self._retry_at_s = _NEVER
-        self._rested_at_s = 0.0  # no look before
+        self._told_at_s: float | None = None
+        self._due = Due()
         self._wake = asyncio.Event()
 
     # -- marks ------------------------------------------------------------------------------
@@ -139,6 +129,11 @@ class ProxyRoom:
             self.runner.mark()
 
     @property
+    def waiting_since_s(self) -> float | None:
+        """Since when a change waits that no run has begun with; None where none does."""
+        return self._told_at_s
+
+    @property
     def _dirty(self) -> bool:
         return self._unsure or self._asked
 
@@ -157,8 +152,8 @@ class ProxyRoom:
     def in_sync(self) -> bool:
         """Whether the kernel was told everything that the room was, and nothing is to be compared."""
         status = self.status
-        applied = status.applied_at_s is not None and not status.error and not self._asked
-        return applied and status.applied_generation == self.generation
+        applied = status.applied_at_s is not None and status.applied_generation == self.generation
+        return applied and not status.error and not self._asked
 
     # -- running ----------------------------------------------------------------------------
 
@@ -183,35 +178,28 @@ class ProxyRoom:
             if told_at_s is not None:
                 self.status.latency_s = now_s - told_at_s
             self.status.error = ""
-            self._look_gap_s = FIRST_LOOK_S
-            # A look slows changes down: however many come, it keeps its share.
-            self._look_at_s = max(now_s + FIRST_LOOK_S, self._rested_at_s)
+            self._due.applied(now_s)
             self._done()
 
     def _done(self) -> None:
         """Something was applied: tell, and see what is due when."""
-        applier, status, now_s = self._applier, self.status, self._clock.monotonic()
+        applier, status = self._applier, self.status
         status.operations = applier.ops
-        status.services = len(self._desired.parts.keys() - {PODS})
+        status.services = len(self._desired.parts) - (PODS in self._desired.parts)
         status.servers, status.vips = len(self._desired.servers), len(self._desired.vips)
         status.draining = len(applier.drains)
         status.foreign = applier.foreign
         status.errors = self._errors()
-        if applier.troubles or applier.vip_troubles:
-            if self._retry_at_s <= now_s or self._retry_at_s == _NEVER:
-                self._retry_at_s = now_s + self._retries.failed()
-        else:
-            self._retries.reset()
-            self._retry_at_s = _NEVER
-        if not applier.drains.ids:
-            self._drain_at_s = _NEVER
-        elif self._drain_at_s == _NEVER:
-            self._drain_at_s = now_s + DRAIN_LOOK_S
+        self._due.stands(
+            self._clock.monotonic(),
+            troubled=bool(applier.troubles),
+            draining=bool(applier.drains.ids),
+        )
         self._wake.set()
         self._tell_applied()
 
     def _errors(self) -> dict[ObjectKey, list[str]]:
-        errors = self._applier.errors(self._desired)
+        errors = self._applier.troubles.by_service(self._desired)
         for service in self._faulty:
             errors.setdefault(service, []).extend(self._desired.parts[service].faults)
         return errors
@@ -224,7 +212,7 @@ class ProxyRoom:
             self._marks.adopt(marks)
             self._marks.ban(others)
             self._loaded = True
-        self._desired.change(self._lower())
+        await self._take_over()
         static = self._static()
         self.status.applies += 1
         self.status.repaired = await self.kernel(
@@ -234,34 +222,45 @@ class ProxyRoom:
         used = {key for part in self._desired.parts.values() for key in part.marks}
         self._release(key for key in list(self._marks.used) if key not in used)
         self._unsure = False
+        self._tell_served(None)
 
     async def _changes(self) -> None:
-        parts = self._lower()
-        before = {key for service in parts for key in self._marks_of(service)}
-        change = self._desired.change(parts)
+        services = self._faulty.keys() | self._pending.keys()
+        before = {key for service in services for key in self._marks_of(service)}
+        change = await self._take_over()
         if not change.empty:
             self._unsure = True  # until it went through, nobody knows what the kernel has
             self._touched.note(change)
             self.status.applies += 1
             await self.kernel(lambda: self._applier.change(change, self._desired))
             self._unsure = False
-        self._release(before - {key for service in parts for key in self._marks_of(service)})
+            self._tell_served(self._applier.served(change.servers, self._desired))
+        self._release(before - {key for service in services for key in self._marks_of(service)})
 
-    def _lower(self) -> dict[ObjectKey, KernelPart | None]:
-        """What the plans that came mean to the kernel, and those that had not all they need."""
+    async def _take_over(self) -> Change:
+        """Have what came, and what had not all that it needs, as what is wanted from now on."""
         plans: dict[ObjectKey, ServicePlan | None] = {**self._faulty, **self._pending}
-        self._pending, self._faulty = {}, {}
         parts: dict[ObjectKey, KernelPart | None] = {}
+        pods = self._pods
         if self._pods_moved:
-            self._pods_moved = False
-            parts[PODS] = lower_pods(self._pods)
-        for service, plan in plans.items():
-            parts[service] = None
-            if plan is not None:
-                parts[service] = part = lower(plan, self._marks.assign)
-                if part.faults:
-                    self._faulty[service] = plan
-        return parts
+            parts[PODS] = lower_pods(pods)
+
+        def work() -> Change:
+            for service, plan in plans.items():
+                parts[service] = None if plan is None else lower(plan, self._marks.assign)
+            return self._desired.change(parts)
+
+        if len(plans) <= LOWER_AT_ONCE:
+            change = work()
+        else:
+            self._upheavals += 1
+            change = await self.kernel(work)
+        # Only now: what could not be taken over stays.
+        self._pending = {s: p for s, p in self._pending.items() if p is not plans.get(s, s)}
+        self._pods_moved = self._pods is not pods
+        faulty = (s for s, part in parts.items() if part is not None and part.faults)
+        self._faulty = {s: plan for s in faulty if (plan := plans[s]) is not None}
+        return change
 
     def _marks_of(self, service: ObjectKey) -> tuple[MarkKey, ...]:
         part = self._desired.parts.get(service)
@@ -271,7 +270,7 @@ class ProxyRoom:
         """Marks that nobody wants are free, but for those whose server could not be deleted."""
         for key in keys:
             value = self._marks.value(key)
-            if value and ServerId.by_mark(key.family, value) not in self._applier.troubles:
+            if value and ServerId.by_mark(key.family, value) not in self._applier.troubles.servers:
                 self._marks.release((key,))
 
     def _settings(self) -> None:
@@ -281,7 +280,12 @@ class ProxyRoom:
             self._drivers.ipvs.set_timeouts(
                 tcp_s=options.tcp_s, tcp_fin_s=options.tcp_fin_s, udp_s=options.udp_s
             )
-        self.status.faults = tuple(self._sysctls())
+        self.status.faults = self._node_faults()
+
+    def _node_faults(self) -> tuple[str, ...]:
+        """What the node lacks (blocking)."""
+        ledger = self._applier.ledger_fault
+        return (*([ledger] if ledger else ()), *self._sysctls())
 
     async def kernel(self, work: Callable[[], T]) -> T:
         """Run blocking work where all work with the kernel runs: in one thread, one after the other."""
@@ -299,7 +303,7 @@ class ProxyRoom:
     async def _housekeeping(self) -> None:
         while True:
             self._wake.clear()
-            due_s = min(self._look_at_s, self._drain_at_s, self._retry_at_s)
+            due_s = self._due.next_s
             await self._pause(due_s - self._clock.monotonic())
             if self._dirty and not self._wake.is_set():
                 await self._pause(1.0)  # the runner repairs first
@@ -311,24 +315,16 @@ class ProxyRoom:
                 self._failed(e)
                 self.runner.mark()
 
-    async def _pause(self, seconds: float) -> None:
+    async def _pause(self, at_most_s: float) -> None:
         """Sleep, but not past the next apply."""
-        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._wake.wait())]
-        if seconds != _NEVER:
-            waits.append(asyncio.ensure_future(self._clock.sleep(max(0.0, seconds))))
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+        await pause(self._wake, at_most_s=at_most_s, clock=self._clock)
 
     async def _serve_due(self) -> None:
         """Do what is due: a look holds nobody up, all else is done alone."""
         now_s = self._clock.monotonic()
-        if self._retry_at_s <= now_s:
+        if self._due.retry_at_s <= now_s:
             await self._retry()
-        elif self._drain_at_s <= now_s:
+        elif self._due.drain_at_s <= now_s:
             await self._drain()
         else:
             await self._look()
@@ -339,9 +335,10 @@ class ProxyRoom:
             if self._dirty:
                 return
             self._unsure = True
-            self._touched.troubles(self._applier)
+            self._touched.retry(self._applier.troubles)
             await self.kernel(lambda: self._applier.retry(self._desired))
             self._unsure = False
+            self._tell_served(None)
             self._done()
 
     async def _drain(self) -> None:
@@ -356,20 +353,22 @@ class ProxyRoom:
                 self._touched.servers.update(id_ for id_, _ in (*gone.delete, *gone.over))
                 await self.kernel(lambda: self._applier.end(gone))
                 self._unsure = False
+                ended = {id_ for id_, _ in (*gone.delete, *gone.over)}
+                self._tell_served(self._applier.served(ended, self._desired))
                 self._done()
-        now_s = self._clock.monotonic()
-        next_s = now_s + max(DRAIN_LOOK_S, (now_s - begin_s) / LOOK_SHARE)
-        self._drain_at_s = next_s if self._applier.drains.ids else _NEVER
+        draining = bool(self._applier.drains.ids)
+        self._due.drained(begin_s, self._clock.monotonic(), draining=draining)
 
     async def _look(self) -> None:
         """Compare everything with the kernel; what differs, the next run changes."""
         async with self._lock:  # nothing is under way when it begins
-            begin_s, reconciles = self._clock.monotonic(), self.status.reconciles
+            begin_s, begun = self._clock.monotonic(), (self.status.reconciles, self._upheavals)
             self._touched = Touched()
 
         def still() -> bool:
             status = self.status
-            return not self._asked and not status.error and status.reconciles == reconciles
+            now = (status.reconciles, self._upheavals)
+            return not self._asked and not status.error and now == begun
 
         words = await self._eyes.drift(self._static(), touched=self._touched, still=still)
         if words:
@@ -377,13 +376,8 @@ class ProxyRoom:
             self.status.drift = words
             _log.warning("drift", what=words)
             self.resync()
-        self.status.faults = tuple(await self._looking(self._sysctls))
-        now_s = self._clock.monotonic()
-        took_s = now_s - begin_s
-        self._look_gap_s = min(self._look_gap_s * 2, LAST_LOOK_S)
-        share = LONG_LOOK_SHARE if took_s > LONG_LOOK_S else LOOK_SHARE
-        self._rested_at_s = now_s + took_s / share
-        self._look_at_s = max(now_s + self._look_gap_s, self._rested_at_s)
+        self.status.faults = await self._looking(self._node_faults)
+        self._due.looked(begin_s, self._clock.monotonic())
 
     async def _looking(self, work: Callable[[], T]) -> T:
         """Run blocking work that an apply must not wait for."""
@@ -396,16 +390,8 @@ class ProxyRoom:
         part = self._desired.parts.get(service)
         if part is None:
             return None
-        wanted = tuple(server.virtual.id for server in part.servers)
-        states = await self.kernel(partial(self._drivers.ipvs.read, wanted))
-        now_s = self._clock.monotonic()
-        drains = self._applier.drains
-        draining = {
-            id_: {real: now_s - since_s for real, since_s in reals.items()}
-            for id_ in wanted
-            if (reals := dict(drains.of(id_)))  # a copy: the kernel's thread may change them
-        }
-        return Live(wanted, states, draining, tuple(self.status.errors.get(service, ())))
+        errors = tuple(self.status.errors.get(service, ()))
+        return await self.kernel(lambda: self._applier.live(part, errors))
 
     def close(self) -> None:
         """Release the kernel thread and the sockets; what is in the kernel stays."""

@@ -26,6 +26,7 @@ from proxy.sync import ProxyRoom
 from proxy.work import Static
 
 GRACE_S = 60.0
+#: Another field than the agent's own, whose lowest bit is not the mark's.
 MASK = 0x000F_FF00
 
 
@@ -85,6 +86,10 @@ class MortalVips(FakeVips):
             self.fuse.burn()
             super().apply(add=[], remove=[address], **more)
         return tuple(refused)
+
+    def remove_link(self) -> None:
+        self.fuse.burn()
+        super().remove_link()
 
 
 class MortalSets(FakeSets):
@@ -177,9 +182,9 @@ async def run(room: ProxyRoom, plans: Mapping[ObjectKey, ServicePlan | None] | N
 async def serve(room: ProxyRoom) -> None:
     """What of the housekeeping is due, but for looks."""
     now_s = room._clock.monotonic()
-    if room._retry_at_s <= now_s:
+    if room._due.retry_at_s <= now_s:
         await room._retry()
-    if room._drain_at_s <= now_s:
+    if room._due.drain_at_s <= now_s:
         await room._drain()
 
 

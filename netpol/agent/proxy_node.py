@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from errno import ENOENT
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,14 +19,17 @@ from netpol.kernel.conntrack import NetlinkFlows
 from netpol.kernel.drivers import CreateSet, SetTransaction, TableTransaction, Variant
 from netpol.kernel.dsr import SYSCTLS_FILE as DIRECT_SYSCTLS_FILE
 from netpol.kernel.dsr import PodTunnels, lacking
+from netpol.kernel.ipvs import CONNTRACK_KEY
 from netpol.kernel.ipvs_table import NetlinkIpvs
 from netpol.kernel.kubeproxy import leftover_chains, running_kube_proxy
 from netpol.kernel.netns import in_new_netns
 from netpol.kernel.sets import NetlinkSets
+from netpol.kernel.sysctl import read_sysctl
 from netpol.kernel.tables import RestoreTables
 from netpol.kernel.vips import DummyVips
-from netpol.lib.errors import InputError, NetpolError, NoAnswerError
-from netpol.model.ids import SERVICES, ChainName
+from netpol.lib.errors import InputError, KernelMissingError, NetpolError, NoAnswerError
+from netpol.model.ids import SERVICES, ChainName, Protocol
+from netpol.model.ipvs import AddServer, ServerId, VirtualServer
 from netpol.model.net import FAMILIES, Family, parse_address
 from netpol.model.ruleset import InPort, Return, Rule
 from proxy import names, rules
@@ -55,16 +60,27 @@ def kernel_drivers(variant: Variant, *, mark_mask: int) -> Drivers:
     )
 
 
-def missing_for_proxy(variant: Variant, *, mark_mask: int) -> dict[Family, list[str]]:
+def missing_for_proxy(
+    variant: Variant, *, mark_mask: int, scheduler: str = "rr"
+) -> dict[Family, list[str]]:
     """What this machine lacks of what the proxy needs, in words; all of it is tried for real.
 
-    In a network namespace of its own, which has no traffic and is gone afterwards. Blocking.
+    In a network namespace of its own, which has no traffic and is gone afterwards. Blocking. A scheduler that
+    a Service names is tried with that Service, whose error it is.
+
+    Args:
+        variant: of iptables.
+        mark_mask: the field of packet marks.
+        scheduler: of all Services that name none.
     """
 
     def probe() -> dict[Family, list[str]]:
         both = list(_lacking(mark_mask))
-        # Rules name sets.
-        lacking = {f: both or list(_lacking_rules(variant, f, mark_mask)) for f in FAMILIES}
+        lacking = {
+            # Rules name sets.
+            f: both or [*_lacking_servers(f, scheduler), *_lacking_rules(variant, f, mark_mask)]
+            for f in FAMILIES
+        }
         return {family: found for family, found in lacking.items() if found}
 
     return in_new_netns(probe)
@@ -75,6 +91,9 @@ def _lacking(mark_mask: int) -> Iterator[str]:
         NetlinkIpvs().close()
     except NetpolError as e:
         yield str(e)
+    else:
+        if read_sysctl(CONNTRACK_KEY) is None:
+            yield str(KernelMissingError("IPVS", needed="CONFIG_IP_VS_NFCT", got="none"))
     vips = DummyVips()
     try:
         vips.apply(add=[b"\xc0\x00\x02\x01"], remove=[])
@@ -89,6 +108,18 @@ def _lacking(mark_mask: int) -> Iterator[str]:
         yield str(e)
     finally:
         sets.close()
+
+
+def _lacking_servers(family: Family, scheduler: str) -> Iterator[str]:
+    address = parse_address("192.0.2.1" if family is Family.V4 else "2001:db8::1")
+    server = VirtualServer(ServerId(family, Protocol.TCP, address, 80), scheduler)
+    ipvs = NetlinkIpvs()
+    try:
+        for _, code in ipvs.apply([AddServer(server)]):
+            got = f"no module ip_vs_{scheduler}" if code == ENOENT else os.strerror(code)
+            yield f"IPVS: needed IPv{family.value} and the scheduler {scheduler}; got {got}"
+    finally:
+        ipvs.close()
 
 
 def _lacking_rules(variant: Variant, family: Family, mark_mask: int) -> Iterator[str]:

@@ -1,14 +1,15 @@
-"""What the proxy part shows: its room in the status document, its metrics, a Service as the kernel has it."""
+"""What the proxy part shows: what is wrong, its room of the status, its metrics, Services in the kernel."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from prometheus_client.core import Metric
 
 from netpol.admin.health import counter, gauge
+from netpol.k8s.events import Complaint, Subject
 from netpol.lib.errors import NoAnswerError
 from netpol.model.ids import ObjectKey
 from netpol.model.net import format_address
@@ -18,6 +19,58 @@ from proxy.status import Live
 
 if TYPE_CHECKING:
     from netpol.agent.proxy import ProxyPart
+
+
+def fault(part: ProxyPart) -> str | None:
+    """See Part."""
+    status = part.room.status
+    if status.error:
+        return status.error
+    if status.applied_at_s is None:
+        return ""
+    for key, why in part.room.errors.items():
+        more = len(part.room.errors) - 1
+        others = f" (and {more} more)" if more else ""
+        return f"Service {key}: {'; '.join(why)}{others}"
+    return None
+
+
+def errors(part: ProxyPart) -> list[str]:
+    """See Part."""
+    status = part.room.status
+    out = [f"proxy: {status.error}"] if status.error else []
+    out += [f"proxy: {fault}" for fault in status.faults]
+    for key, why in sorted(part.room.errors.items()):
+        what = f"Service {key}" if key.name else "what no Service wants any more"
+        out += [f"{what}: {reason}" for reason in why]
+    if part.direct is not None:
+        out += [f"proxy: {part.direct.error}"] if part.direct.error else []
+        out += [f"Service {k}: {why}" for k, v in part.direct.faults.items() for why in v]
+    return out + [f"Service {key}: {why}" for key, why in sorted(part.ports.faults.items())]
+
+
+def complaints(part: ProxyPart) -> Iterator[Complaint]:
+    """See Part."""
+
+    def about(key: ObjectKey, uid: str = "") -> Subject:
+        return Subject("v1", "Service", key, uid or part.uid_of(key))
+
+    for key, plan in sorted(part.refused.items()):
+        for refused in plan.refused:
+            subject = about(key, plan.uid)
+            yield Complaint(subject, refused.reason, refused.message, of_node=False)
+    for key, why in sorted(part.room.errors.items()):
+        if key.name:
+            text = f"not served as written on node {part.node}: {'; '.join(why)}"
+            yield Complaint(about(key), "NotApplied", text)
+    for key, why in sorted(part.direct.faults.items() if part.direct else ()):
+        text = f"on node {part.node}: {'; '.join(why)}"
+        yield Complaint(about(key), "DirectReturn", text)
+    for key, fault_ in sorted(part.ports.faults.items()):
+        yield Complaint(about(key), "HealthPort", f"on node {part.node}: {fault_}")
+    for key, faults in sorted(part.balancer.faults.items() if part.balancer else ()):
+        for refused in faults:
+            yield Complaint(about(key), refused.reason, refused.message, of_node=False)
 
 
 def document(part: ProxyPart) -> dict[str, Any]:

@@ -7,6 +7,7 @@ plans; whoever knows the kernel too gives it `live`.
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -169,7 +170,7 @@ def _named(
         InputError: it is given in two namespaces.
         NoAnswerError: there is no such Service.
     """
-    name = text.removeprefix("svc/").removeprefix("service/")
+    name = re.sub("(^|/)(svc|service)/", r"\1", text, count=1)  # svc/NAME, NS/svc/NAME
     given, slash, rest = name.partition("/")
     if slash and namespace and given != namespace:
         raise InputError(f"NAME {text}", needed=f"a Service of -n {namespace}", got=given)

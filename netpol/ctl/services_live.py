@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -150,7 +151,7 @@ def _item(answer: Any) -> Item:
 
 def _key(text: str, namespace: str | None) -> str:
     """The Service that NAME names, as NAMESPACE/NAME."""
-    name = text.removeprefix("svc/").removeprefix("service/")
+    name = re.sub("(^|/)(svc|service)/", r"\1", text, count=1)  # svc/NAME, NS/svc/NAME
     given, slash, rest = name.partition("/")
     if not slash:
         return f"{namespace or 'default'}/{name}"

@@ -138,14 +138,17 @@ def _affinity(spec: wire.WireServiceSpec, problems: Problems) -> int:
 
 
 def _source_ranges(texts: Iterable[str], problems: Problems) -> tuple[tuple[Prefix, ...], bool]:
-    """The ranges that can be read, and whether one could not; the API lets blanks around them pass."""
+    """The ranges that can be read, and whether one could not; the API lets blanks around them pass.
+
+    An empty one is none, as for kube-proxy: it asks for nothing that could be lost.
+    """
     found: list[Prefix] = []
     unread = False
     for i, text in enumerate(texts):
         try:
             found.append(parse_prefix(text.strip()))
         except ValueError as e:
-            unread = True
+            unread = unread or bool(text.strip())
             problems.append(Problem(f"spec.loadBalancerSourceRanges[{i}]", str(e)))
     return tuple(dict.fromkeys(found)), unread
 

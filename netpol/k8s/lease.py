@@ -170,7 +170,8 @@ class Elector:
             try:
                 return await self._write(self._seen)
             except ApiError as e:
-                if e.status != 409:
+                # Somebody wrote, or deleted it: then another one may be made, and lead, at any moment.
+                if e.status not in (404, 409):
                     raise
         try:
             found = _decoder.decode(await self._api.get(f"{self._path}/{self._name}"))

@@ -11,9 +11,10 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from pyroute2 import IPRoute, IPSet
 from pyroute2.netlink.exceptions import NetlinkError
@@ -23,6 +24,7 @@ from netpol.kernel.drivers import TableError, Variant
 from netpol.kernel.tables import LOCK_WAIT_S, RUN_TIMEOUT_S, RestoreTables
 from netpol.kernel.variant import saved_rules
 from netpol.lib.errors import KernelError, KernelMissingError
+from netpol.model.ids import Protocol
 from netpol.model.net import FAMILIES, Family
 
 #: Defaults of --healthz-bind-address and --metrics-bind-address.
@@ -36,6 +38,10 @@ _PREFIX = "KUBE-"
 _KUBELETS = frozenset({"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY", "KUBE-FIREWALL"})
 _DUMMY_LINK = "kube-ipvs0"
 _NFT_TABLE = b"kube-proxy\0"
+#: What --proxy-mode can be, which is what /proxyMode answers.
+_MODES = frozenset({"iptables", "ipvs", "nftables"})
+#: Its IPVS mode's sets of ports that are served on the node's own addresses.
+_NODE_PORT_SET = re.compile(r"KUBE-(6-)?NODE-PORT-(?:LOCAL-)?(TCP|UDP|SCTP)\b")
 
 _CHAIN = re.compile(r"^:(\S+)", re.MULTILINE)
 _TARGET = re.compile(r" -[jg] (\S+)")
@@ -65,9 +71,9 @@ def running_kube_proxy(
     said = _ask(health, "/healthz")
     if said is not None and "lastUpdated" in said:
         return f"a service proxy answers on port {health} (kube-proxy's /healthz)"
-    said = _ask(metrics, "/proxyMode")
-    if said is not None:
-        return f"a kube-proxy in mode {said.strip()} answers on port {metrics} (its metrics)"
+    mode = (_ask(metrics, "/proxyMode") or "").strip()
+    if mode in _MODES:
+        return f"a kube-proxy in mode {mode} answers on port {metrics} (its metrics)"
     return None
 
 
@@ -133,6 +139,44 @@ def _is_theirs(chain: str) -> bool:
 # -- removal ------------------------------------------------------------------------------------
 
 
+class IpvsTraces(NamedTuple):
+    """What tells virtual servers of its IPVS mode from others'.
+
+    Attributes:
+        addresses: those on its dummy link.
+        node_ports: what it serves on the node's own addresses, by its sets.
+    """
+
+    addresses: frozenset[bytes]
+    node_ports: frozenset[tuple[Family, Protocol, int]]
+
+
+def ipvs_traces() -> IpvsTraces:
+    """Read what a kube-proxy left that tells its virtual servers from others'. Blocking."""
+    with IPRoute() as route:
+        links = route.link_lookup(ifname=_DUMMY_LINK)
+        texts = [a.get("IFA_ADDRESS") for index in links for a in route.get_addr(index=index)]
+    return IpvsTraces(_addresses(texts), frozenset(_node_ports()))
+
+
+def _node_ports() -> Iterator[tuple[Family, Protocol, int]]:
+    try:
+        with IPSet() as sets:
+            names = [str(s.get("IPSET_ATTR_SETNAME")) for s in sets.list()]
+            for match in filter(None, map(_NODE_PORT_SET.match, names)):
+                family = Family.V6 if match[1] else Family.V4
+                for part in sets.list(match.string):
+                    members = part.get_attr("IPSET_ATTR_ADT")
+                    for member in members.get_attrs("IPSET_ATTR_DATA") if members else ():
+                        yield (
+                            family,
+                            Protocol(match[2]),
+                            int(member.get_attr("IPSET_ATTR_PORT_FROM")),
+                        )
+    except (NetlinkError, OSError):
+        return  # a kernel without ipset has no set
+
+
 @dataclass(slots=True)
 class Removed:
     """What was removed, and what could not be, in words."""
@@ -142,14 +186,13 @@ class Removed:
     sets: int = 0
     links: int = 0
     tables: int = 0
-    addresses: frozenset[bytes] = frozenset()
     left: list[str] = field(default_factory=list)
 
 
 def remove_leftovers() -> Removed:
     """Remove chains, jumps, sets, the dummy link and nftables' table of a kube-proxy. Blocking.
 
-    `addresses` are those of the dummy link: of IPVS's virtual servers, whose removal is the caller's.
+    Virtual servers of IPVS are the caller's, and come first: sets and link tell which are its.
     """
     done = Removed()
     for variant in Variant:
@@ -276,9 +319,6 @@ def _remove_link(done: Removed) -> None:
     try:
         with IPRoute() as route:
             for index in route.link_lookup(ifname=_DUMMY_LINK):
-                done.addresses = _addresses(
-                    a.get("IFA_ADDRESS") for a in route.get_addr(index=index)
-                )
                 route.link("del", index=index)
                 done.links += 1
     except NetlinkError as e:

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from netpol.ctl.cleanup_kube_proxy import read_whole_ledger, theirs
 from netpol.ctl.cleanup_proxy import clean_proxy, delete_ours, read_ledger
+from netpol.kernel.kubeproxy import IpvsTraces
 from netpol.kernel.netns import in_netns
 from netpol.kernel.testing_ipvs import FakeIpvs
 from netpol.kernel.vips import LINK
+from netpol.lib.errors import NoAnswerError
 from netpol.model.ids import Protocol
 from netpol.model.ipvs import ServerId, VirtualServer
 from netpol.model.net import Family, parse_address
@@ -109,6 +112,40 @@ def test_only_kube_proxys_goes_when_that_is_asked_for(space: str, tmp_path: Path
     assert saved.count("-j KNP-SVC-") == 2
     assert sorted(p.name for p in folder.iterdir()) == before
     assert ctl(space, tmp_path, "--kube-proxy") == "nothing of kube-proxy here\n"
+
+
+VIP, NODE, OTHER = "10.96.0.10", "192.0.2.1", "10.96.9.9"
+#: Its link has the first; it served a NodePort on the node.
+TRACES = IpvsTraces(frozenset({parse_address(VIP)}), frozenset({(Family.V4, Protocol.TCP, 30080)}))
+
+
+def test_of_servers_only_those_go_of_which_something_says_that_they_are_kube_proxys() -> None:
+    def server(address: str, port: int, protocol: Protocol = Protocol.TCP) -> ServerId:
+        return ServerId(Family.V4, protocol, parse_address(address), port)
+
+    its = [server(VIP, 80), server(VIP, 53, Protocol.UDP), server(NODE, 30080)]
+    unclear = [server(NODE, 30080, Protocol.UDP), server(NODE, 3306)]
+    elsewhere = [server(OTHER, 80), ServerId.by_mark(Family.V4, 7)]
+
+    found = theirs([*its, *unclear, *elsewhere], TRACES, own=[parse_address(NODE)])
+
+    assert found == (its, unclear)
+
+
+def test_without_a_ledger_that_can_be_read_no_server_is_taken_for_kube_proxys(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "ipvs.ledger"
+    assert len(read_whole_ledger(file, there_is_link=False)) == 0
+    with pytest.raises(
+        NoAnswerError, match=r"needed --run-dir as the agent has it; got no .*ledger"
+    ):
+        read_whole_ledger(file, there_is_link=True)
+    file.write_text("nonsense\n")
+    with pytest.raises(
+        NoAnswerError, match="nothing was removed; needed a ledger that can be read"
+    ):
+        read_whole_ledger(file, there_is_link=False)
 
 
 def test_servers_are_ours_by_the_ledger(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from netpol.kernel.drivers import Variant
 from netpol.kernel.kubeproxy import (
+    ipvs_traces,
     leftover_chains,
     removal_text,
     remove_leftovers,
@@ -22,7 +23,8 @@ from netpol.kernel.kubeproxy import (
 )
 from netpol.kernel.netns import in_netns
 from netpol.kernel.tables import RestoreTables
-from netpol.model.net import FAMILIES, Family
+from netpol.model.ids import Protocol
+from netpol.model.net import FAMILIES, Family, parse_address
 
 pytestmark = pytest.mark.kernel
 
@@ -102,7 +104,6 @@ def test_only_kube_proxys_part_is_removed(space: str, variant: Variant) -> None:
     assert done.left == []
     assert (done.chains, done.jumps) == (2 * 7, 2 * 5)
     assert (done.sets, done.links) == (1, 1)
-    assert done.addresses == {b"\x0a\x60\x00\x01"}
     for family in FAMILIES:
         kept = {c for c in chains(space, variant, family) if c.startswith(("KUBE-", "MINE"))}
         assert kept == {"KUBE-KUBELET-CANARY", "KUBE-FIREWALL", "KUBE-IPTABLES-HINT", "MINE"}
@@ -113,6 +114,37 @@ def test_only_kube_proxys_part_is_removed(space: str, variant: Variant) -> None:
     assert in_netns(space, leftover_chains) == 0
     again = in_netns(space, remove_leftovers)
     assert (again.chains, again.jumps, again.sets, again.links, again.tables) == (0, 0, 0, 0, 0)
+
+
+def test_its_link_and_its_sets_tell_which_servers_are_its(space: str) -> None:
+    assert in_netns(space, ipvs_traces) == (frozenset(), frozenset())
+    sets = """create KUBE-NODE-PORT-TCP bitmap:port range 0-65535
+add KUBE-NODE-PORT-TCP 30080
+add KUBE-NODE-PORT-TCP 30081
+create KUBE-NODE-PORT-LOCAL-TCP bitmap:port range 0-65535
+add KUBE-NODE-PORT-LOCAL-TCP 30081
+create KUBE-6-NODE-PORT-UDP bitmap:port range 0-65535
+add KUBE-6-NODE-PORT-UDP 30053
+create KUBE-NODE-PORT-SCTP-HASH hash:ip,port
+add KUBE-NODE-PORT-SCTP-HASH 192.0.2.1,sctp:30099
+create KUBE-NODE-PORT-LOCAL-UDP bitmap:port range 0-65535
+create KUBE-LOAD-BALANCER hash:ip,port
+add KUBE-LOAD-BALANCER 192.0.2.1,tcp:443
+"""
+    run(space, "ipset", "restore", stdin=sets)
+    run(space, "ip", "link", "add", "kube-ipvs0", "type", "bridge")
+    run(space, "ip", "address", "add", "10.96.0.1/32", "dev", "kube-ipvs0")
+    run(space, "ip", "address", "add", "fd00::1/128", "dev", "kube-ipvs0", "nodad")
+
+    traces = in_netns(space, ipvs_traces)
+
+    assert traces.addresses == {parse_address("10.96.0.1"), parse_address("fd00::1")}
+    assert traces.node_ports == {
+        (Family.V4, Protocol.TCP, 30080),
+        (Family.V4, Protocol.TCP, 30081),
+        (Family.V6, Protocol.UDP, 30053),
+        (Family.V4, Protocol.SCTP, 30099),
+    }
 
 
 def test_looking_makes_no_table(space: str) -> None:
@@ -194,6 +226,9 @@ def test_its_ports_tell_even_when_it_is_unhealthy(
     health = serve({"/healthz": json.dumps({"lastUpdated": "x"})})
     metrics = serve({"/proxyMode": "ipvs"})
     other = serve({"/": "hello"})
+    talkative = serve(
+        {"/healthz": "ok", "/proxyMode": "<html>what you asked for is not here</html>"}
+    )
 
     def found(ports: tuple[int, int]) -> str | None:
         return in_netns(space, lambda: running_kube_proxy(proc=tmp_path, ports=ports))
@@ -201,6 +236,7 @@ def test_its_ports_tell_even_when_it_is_unhealthy(
     assert "answers on port" in (found((health, 1)) or "")
     assert "in mode ipvs" in (found((1, metrics)) or "")
     assert found((other, other)) is None
+    assert found((talkative, talkative)) is None
 
 
 def fake_process(proc: Path, pid: str, *, comm: str, cmdline: bytes, space: str | None) -> None:

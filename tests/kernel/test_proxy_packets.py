@@ -196,6 +196,7 @@ def test_what_a_vip_lets_in(space: str, client: str, variant: Variant, family: F
         "KNP-SVC-NEW",
         "KNP-SVC-VIP",
         "KNP-SVC-REFUSE",
+        "KNP-SVC-FWD",
     }
 
 

@@ -231,8 +231,8 @@ def everything(history: Iterable[Plans]) -> Plans:
 async def settle(node: FakeNode, room: ProxyRoom) -> None:
     """Let all that drains end."""
     await node.clock.advance(GRACE_S + 1)
-    room._drain_at_s = node.clock.monotonic() if room._applier.drains.ids else float("inf")
-    room._retry_at_s = float("inf")
+    room._due.drain_at_s = node.clock.monotonic() if room._applier.drains.ids else float("inf")
+    room._due.retry_at_s = float("inf")
     await serve(room)
 
 
@@ -372,7 +372,7 @@ def test_operations_that_are_refused_are_made_good_later(
                 assert not room.status.error
                 assert foreign_state(node) == before
             node.ipvs.veto = lambda _: 0
-            room._retry_at_s = node.clock.monotonic()
+            room._due.retry_at_s = node.clock.monotonic()
             await serve(room)
             await settle(node, room)
             assert state(node) == await fresh(history, foreign=foreign)

@@ -54,6 +54,13 @@ def test_pods_see_the_client_and_answer_it_without_the_node_that_it_reached(
 
 
 @each_family
+def test_datagrams_go_the_same_ways(guest: Answers, family: Family) -> None:
+    answers, ways = guest[f"by UDP, IPv{family}"]
+    assert answers == both(CLIENT_ADDRESS[family], "")
+    assert ways == [[f"lan-{node}", VIP[family], PORT] for node in ("a", "b")]
+
+
+@each_family
 def test_much_goes_both_ways(guest: Answers, family: Family) -> None:
     tail = f", got {LARGE}, back {LARGE}"
     assert guest[f"large, IPv{family}"] == both(CLIENT_ADDRESS[family], tail)

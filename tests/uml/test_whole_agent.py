@@ -45,6 +45,11 @@ def test_it_becomes_ready_without_a_fault_or_a_repair(guest: dict[str, Any]) -> 
     }
 
 
+def test_what_the_kernel_lacks_is_said_before_anything_is_done(guest: dict[str, Any]) -> None:
+    text = "IPVS: needed IPv{} and the scheduler nosuch; got no module ip_vs_nosuch"
+    assert guest["lacks"] == [[], [[text.format(4)], [text.format(6)]]]
+
+
 @pytest.mark.parametrize(
     ("question", "seen"),
     [
@@ -117,3 +122,48 @@ def test_cleanup_leaves_nothing(guest: dict[str, Any]) -> None:
         "conntrack": "0",
         "files": [],
     }
+
+
+def test_answers_pass_a_host_that_forwards_nothing(guest: dict[str, Any]) -> None:
+    assert guest["forward"] == PODS["client"]
+    # What is no Service's is the host's matter.
+    assert guest["forward, no Service"] == "TimeoutError"
+
+
+@pytest.mark.parametrize("name", ["proxy alone", "proxy and routes"])
+def test_it_works_without_policy(guest: dict[str, Any], name: str) -> None:
+    assert guest[f"{name}: ready"] is None
+    assert guest[f"{name}: answers"] == [NODE_IP, PODS["client"], PODS["client"]]
+    status = guest[f"{name}: status"]
+    assert status == {
+        "in_sync": True,
+        "errors": [],
+        "rooms": ["proxy", "routes"] if "routes" in name else ["proxy"],
+        "drifts": 0,
+        "operations": 8,
+        "servers": 4,
+    }
+    assert guest[f"{name}: facts"] == {"pod_ranges": ["10.244.1.0/24"]}
+    assert guest[f"{name}: chains of policy"] == 0
+    left = guest[f"{name}: left"]
+    assert not any(left[what] for what in ("servers", "rules", "sets", "links", "files"))
+
+
+@pytest.mark.parametrize("ledger", ["no ledger", "no readable ledger"])
+def test_servers_of_kube_proxy_stay_while_nobody_can_tell_them_from_ours(
+    guest: dict[str, Any], ledger: str
+) -> None:
+    code, said = guest[f"kube-proxy, {ledger}"]
+    assert code == 3
+    assert "cannot be told from netpol's; nothing was removed" in said
+    assert guest["kube-proxy, nothing removed"]
+
+
+def test_of_kube_proxys_servers_all_go_and_no_other_one(guest: dict[str, Any]) -> None:
+    code, said = guest["kube-proxy"]
+    assert code == 0
+    assert "removed of kube-proxy: 1 set, 1 link, 2 servers" in said
+    assert "left alone: 1 server of IPVS on the node's own addresses" in said
+    assert guest["kube-proxy, spared"]
+    assert guest["kube-proxy, again"][1] == "nothing of kube-proxy here\n"
+    assert guest["kube-proxy, then netpol"] == [f"{NODE_IP}:3306/TCP"]

@@ -173,6 +173,14 @@ ADDRESSES = (
         rows={"balancer": {"sourceRanges": ["10.0.0.0/8"]}, "balancer6": {"sourceRanges": []}},
     ),
     Case(
+        "an empty source range is none",
+        balanced(loadBalancerSourceRanges=[" ", "10.0.0.0/8"]),
+        BOTH,
+        {"balancer": "a", "balancer6": "a"},
+        rows={"balancer": {"sourceRanges": ["10.0.0.0/8"]}, "balancer6": {"sourceRanges": []}},
+        plan={"refused": ()},
+    ),
+    Case(
         "source ranges that cannot be read open nothing",
         balanced(loadBalancerSourceRanges=["everybody"]),
         BOTH,

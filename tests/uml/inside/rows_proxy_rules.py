@@ -9,6 +9,7 @@ import socket
 import time
 from typing import Any
 
+from netpol.config import DEFAULT_SERVICE_MARK_MASK
 from netpol.model.ids import ObjectKey, Protocol
 from netpol.model.net import Family, parse_address, parse_prefix
 from proxy.rows import Action, Backend, Kind, ServiceRow
@@ -17,7 +18,7 @@ from tests.uml.inside.steps import POD_DNS, POD_PORT, Ask
 
 Json = dict[str, Any]
 
-MASK = 0x1FFF
+MASK = DEFAULT_SERVICE_MARK_MASK
 OUTSIDER4, OUTSIDER6 = "172.18.0.9", "fd00:172:18::9"
 REMOTE = "remote"
 #: The node's address on the link to the other node, which masquerade takes.

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from netpol.config import DEFAULT_SERVICE_MARK_MASK
 from netpol.enforce.dataplane import Dataplane
 from netpol.enforce.kernel_state import dump_kernel, execute
 from netpol.kernel import netns
@@ -52,7 +53,7 @@ from tests import engine
 Json = dict[str, Any]
 Say = Callable[[str, Any], None]
 
-PORT, MASK, BRIDGE, CLIENT = 8080, 0x000FFF00, "kube-bridge", "client"
+PORT, MASK, BRIDGE, CLIENT = 8080, DEFAULT_SERVICE_MARK_MASK, "kube-bridge", "client"
 VIP = {Family.V4: "203.0.113.7", Family.V6: "2001:db8:7::7"}
 CLIENT_ADDRESS = {Family.V4: "172.18.0.9", Family.V6: "fd00:172:18::9"}
 NODES = {"a": 2, "b": 3}
@@ -244,20 +245,21 @@ def rows(*pods: str, tunnel: bool = True) -> list[ServiceRow]:
     for family in FAMILIES:
         ends = tuple(parse_address(pod_address(p, family)) for p in pods)
         backends = tuple(Backend(e, PORT) for e in ends)
-        out.append(
+        out += [
             ServiceRow(
                 SERVICE,
-                "http",
+                str(protocol),
                 Kind.EXTERNAL_IP,
                 parse_address(VIP[family]),
                 PORT,
-                Protocol.TCP,
+                protocol,
                 backends=backends,
                 local_client_backends=backends,
                 tunnel=tunnel,
                 ends=ends if tunnel else (),
             )
-        )
+            for protocol in (Protocol.TCP, Protocol.UDP)
+        ]
     return out
 
 
@@ -274,6 +276,21 @@ def serve_pods() -> None:
             ),
         )
         threading.Thread(target=_accept, args=(pod, listener), daemon=True).start()
+        datagrams = in_netns(pod, lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+        datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        datagrams.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        datagrams.bind(("::", PORT))
+        threading.Thread(target=_echo, args=(pod, datagrams), daemon=True).start()
+
+
+def _echo(pod: str, sock: socket.socket) -> None:
+    """Answer from the address that was asked, as name servers do."""
+    while True:
+        _, ancillary, _, peer = sock.recvmsg(64, 256)
+        asked = ancillary[0][2][:16] + bytes(4)  # in6_pktinfo, by any link
+        words = f"{pod} saw {peer[0].removeprefix('::ffff:')}".encode()
+        with contextlib.suppress(OSError):
+            sock.sendmsg([words], [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, asked)], 0, peer)
 
 
 def _accept(pod: str, listener: socket.socket) -> None:
@@ -310,6 +327,18 @@ def ask(space: str, address: str, size: int = 0) -> str:
             return "refused"
         except OSError:
             return ""
+
+
+def ask_by_udp(space: str, address: str) -> str:
+    """What a pod says to a datagram; "" where nothing comes."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = in_netns(space, lambda: socket.socket(family, socket.SOCK_DGRAM))
+    with sock, contextlib.suppress(OSError):
+        sock.settimeout(1.5)
+        sock.connect((address, PORT))
+        sock.send(b"who?")
+        return sock.recv(64).decode()
+    return ""
 
 
 def ask_until(space: str, address: str, pods: set[str], size: int = 0) -> list[str]:
@@ -383,6 +412,9 @@ def run(say: Say) -> None:
         with heard() as found:
             answers = ask_until(CLIENT, VIP[family], {"pod-a", "pod-b"})
         say(f"answers, IPv{family}", [answers, sorted(found)])
+        with heard() as found:
+            answers = sorted({ask_by_udp(CLIENT, VIP[family]) for _ in range(4)})
+        say(f"by UDP, IPv{family}", [answers, sorted(found)])
         say(f"large, IPv{family}", ask_until(CLIENT, VIP[family], {"pod-a", "pod-b"}, LARGE))
         say(
             f"clients of nodes, IPv{family}",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+from netpol.config import DEFAULT_SERVICE_MARK_MASK
 from netpol.kernel.conntrack import NetlinkFlows
 from netpol.kernel.drivers import Variant
 from netpol.kernel.ipvs_table import NetlinkIpvs
@@ -53,7 +54,7 @@ from tests.uml.inside.steps import POD_DNS, POD_PORT, Ask
 Say = Callable[[str, Any], None]
 T = TypeVar("T")
 
-MASK = 0x000F_FF00
+MASK = DEFAULT_SERVICE_MARK_MASK
 RUN_DIR = Path("/run/netpol-sync")
 #: Where a server keeps its connections.
 POD_LONG = 8081
@@ -64,7 +65,8 @@ TARGETS = {WEB: POD_PORT, LONG: POD_LONG, DNS: POD_DNS, STICKY: POD_PORT, LOCAL:
 BACKENDS = ("backend", "other")
 GRACE_S = 2.0
 FOREIGN = ServerId(Family.V4, Protocol.TCP, parse_address(lan.NODE4), 31000)
-MARK = ServerId.by_mark(Family.V4, 0x100)
+#: The first one that is given.
+MARK = ServerId.by_mark(Family.V4, MASK & -MASK)
 STEP_S = 10.0
 
 

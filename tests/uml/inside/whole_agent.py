@@ -85,7 +85,21 @@ def run(say: Say) -> None:
         load_module(module)
     _network()
     in_netns(BACKEND, _serve)
+    say("lacks", _lacks())
     asyncio.run(_run(say))
+
+
+def _lacks() -> list[Any]:
+    """What the agent's look at the kernel says: of what it needs, and of a scheduler that is not there."""
+    from netpol.agent.proxy_node import missing_for_proxy
+    from netpol.config import DEFAULT_SERVICE_MARK_MASK as MASK
+    from netpol.kernel.drivers import Variant
+
+    def lacks(scheduler: str) -> list[list[str]]:
+        found = missing_for_proxy(Variant.LEGACY, mark_mask=MASK, scheduler=scheduler)
+        return list(found.values())
+
+    return [lacks("rr"), lacks("nosuch")]
 
 
 def _network() -> None:
@@ -171,6 +185,11 @@ async def _run(say: Say) -> None:
             say("ready", agent.report.ready())
             await _until(lambda: ask(BALANCER, PORT) == NODE_IP)
             await _packets(say)
+            # As Docker has it. What a backend answers is forwarded.
+            await asyncio.to_thread(_forward_policy, "DROP")
+            say("forward", await asyncio.to_thread(ask, VIP, PORT, CLIENT))
+            say("forward, no Service", await asyncio.to_thread(ask, PODS[BACKEND], 8080, CLIENT))
+            await asyncio.to_thread(_forward_policy, "ACCEPT")
             say("status", _status(agent))
             say("services", await _ctl("services", "web", "--socket", SOCKET))
             await _direct(say, api, agent)
@@ -187,9 +206,23 @@ async def _run(say: Say) -> None:
             connection.sendall(b"still there")
             say("connection", connection.recv(100).decode())
         connection.close()
-    cleanup = ("cleanup", "--socket", SOCKET, "--run-dir", RUN_DIR)
-    say("cleanup", await _ctl(*cleanup))
-    say("left", _left())
+        cleanup = ("cleanup", "--socket", SOCKET, "--run-dir", RUN_DIR)
+        say("cleanup", await _ctl(*cleanup))
+        say("left", _left())
+        await _kube_proxy(say)
+        for name, routes in (("proxy alone", False), ("proxy and routes", True)):
+            async with _agent(server.url, policy=False, routes=routes) as agent:
+                say(f"{name}: ready", agent.report.ready())
+                await _until(lambda: ask(BALANCER, PORT) == NODE_IP)
+                questions = ((VIP, PORT, ""), (VIP, PORT, CLIENT), (NODE_IP, NODE_PORT, CLIENT))
+                answers = [await asyncio.to_thread(ask, *question) for question in questions]
+                say(f"{name}: answers", answers)
+                say(f"{name}: status", _status(agent))
+                say(f"{name}: facts", agent.report.status()["node_facts"])
+                rules = await asyncio.to_thread(_output, "iptables-legacy-save")
+                say(f"{name}: chains of policy", rules.count("KNP-INPUT"))
+            await _ctl(*cleanup)
+            say(f"{name}: left", _left())
 
 
 async def _fill(api: Any) -> None:
@@ -216,7 +249,7 @@ async def _fill(api: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _agent(url: str, *, policy: bool = True) -> AsyncIterator[Any]:
+async def _agent(url: str, *, policy: bool = True, routes: bool = False) -> AsyncIterator[Any]:
     from netpol.agent import Agent, main
     from netpol.config import Settings
     from netpol.kernel.tables import RestoreTables
@@ -228,6 +261,8 @@ async def _agent(url: str, *, policy: bool = True) -> AsyncIterator[Any]:
             node=NODE,
             policy=policy,
             proxy=True,
+            routes=routes,
+            write_cni=False,
             api_server=url,
             admin_socket=SOCKET,
             state_dir="/run/netpol-state",
@@ -310,7 +345,7 @@ def _status(agent: Any) -> dict[str, Any]:
         "in_sync": status["in_sync"],
         "errors": status["errors"],
         "rooms": sorted(rooms),
-        "drifts": sum(room["drifts"] for room in rooms.values()),
+        "drifts": sum(room.get("drifts", 0) for room in rooms.values()),
         "operations": rooms["proxy"]["operations"],
         "servers": rooms["proxy"]["servers"],
     }
@@ -328,17 +363,68 @@ async def _ctl(*words: str) -> tuple[int, str]:
     return await asyncio.to_thread(call)
 
 
-def _left() -> dict[str, Any]:
-    def output(*words: str) -> str:
-        return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+async def _kube_proxy(say: Say) -> None:
+    """A kube-proxy in IPVS mode left its things, beside an administrator's server and netpol's own."""
+    from netpol.kernel.ipvs_table import NetlinkIpvs
+    from netpol.kernel.vips import DummyVips
+    from netpol.model.ids import Protocol
+    from netpol.model.ipvs import AddServer, DeleteServer, ServerId, VirtualServer
+    from netpol.model.net import Family, parse_address
+    from proxy.ledger import HEADER, Word, line
 
+    def server(address: str, port: int) -> ServerId:
+        return ServerId(Family.V4, Protocol.TCP, parse_address(address), port)
+
+    its = [server("10.96.0.1", 443), server(NODE_IP, 30090)]
+    others = [server(NODE_IP, 3306), server(NODE_IP, NODE_PORT), server("10.96.7.9", 80)]
+    for words in (
+        ("ip", "link", "add", "kube-ipvs0", "type", "dummy"),
+        *(
+            ("ip", "addr", "add", f"{a}/32", "dev", "kube-ipvs0")
+            for a in ("10.96.0.1", "10.96.7.9")
+        ),
+        ("ipset", "create", "KUBE-NODE-PORT-TCP", "bitmap:port", "range", "0-65535"),
+        ("ipset", "add", "KUBE-NODE-PORT-TCP", "30090"),
+        ("ipset", "add", "KUBE-NODE-PORT-TCP", str(NODE_PORT)),
+    ):
+        await asyncio.to_thread(subprocess.run, words, check=True)
+    vips = await asyncio.to_thread(DummyVips)
+    await asyncio.to_thread(vips.apply, add=[parse_address("10.96.7.9")], remove=[])
+    ipvs = await asyncio.to_thread(NetlinkIpvs)
+    ipvs.apply([AddServer(VirtualServer(id_)) for id_ in (*its, *others)])
+    ledger = Path(RUN_DIR) / "ipvs.ledger"
+    cleanup = ("cleanup", "--kube-proxy", "--socket", SOCKET, "--run-dir", RUN_DIR)
+    say("kube-proxy, no ledger", await _ctl(*cleanup))
+    ledger.write_bytes(b"nonsense\n")
+    say("kube-proxy, no readable ledger", await _ctl(*cleanup))
+    say("kube-proxy, nothing removed", len(ipvs.dump()) == len(its) + len(others))
+    ledger.write_bytes(HEADER + line(Word.OURS, server(NODE_IP, NODE_PORT)))
+    say("kube-proxy", await _ctl(*cleanup))
+    say("kube-proxy, spared", sorted(map(str, ipvs.dump())) == sorted(map(str, others)))
+    say("kube-proxy, again", await _ctl(*cleanup))
+    await _ctl("cleanup", "--socket", SOCKET, "--run-dir", RUN_DIR)
+    say("kube-proxy, then netpol", [str(id_) for id_ in ipvs.dump()])
+    ipvs.apply([DeleteServer(id_) for id_ in ipvs.dump()])
+    ipvs.close()
+    vips.close()
+
+
+def _forward_policy(policy: str) -> None:
+    subprocess.run(["iptables-legacy", "-P", "FORWARD", policy], check=True)
+
+
+def _output(*words: str) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+
+def _left() -> dict[str, Any]:
     table = Path("/proc/net/ip_vs").read_text(encoding="ascii")
-    rules = output("iptables-legacy-save") + output("ip6tables-legacy-save")
+    rules = _output("iptables-legacy-save") + _output("ip6tables-legacy-save")
     return {
         "servers": table.splitlines()[3:],
         "rules": [line for line in rules.splitlines() if "KNP-" in line],
-        "sets": output("ipset", "list", "-n").split(),
-        "links": output("ip", "-o", "link").count("knp-ipvs0"),
+        "sets": _output("ipset", "list", "-n").split(),
+        "links": _output("ip", "-o", "link").count("knp-ipvs0"),
         "forward": Path("/proc/sys/net/ipv4/ip_forward").read_text(encoding="ascii").strip(),
         "conntrack": Path("/proc/sys/net/ipv4/vs/conntrack").read_text(encoding="ascii").strip(),
         "files": sorted(p.name for p in Path(RUN_DIR).iterdir()),

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+from bench import services as samples
 from netpol.admin.server import AdminServer
 from netpol.agent.parts import Standing
-from netpol.agent.proxy import ProxyPart
+from netpol.agent.proxy import PLAN_AT_ONCE, ProxyPart
 from netpol.aio.clock import SystemClock
 from netpol.aio.tasks import TaskSet
 from netpol.config import Settings
 from netpol.ctl.main import main
 from netpol.k8s.api import Api
+from netpol.k8s.decode import decode_object
 from netpol.k8s.informers import InformerSet
 from netpol.kernel.testing import FakeSets, FakeTables
 from netpol.kernel.testing_ipvs import FakeFlows, FakeIpvs, FakeVips
@@ -27,12 +29,26 @@ from netpol.lib.errors import InputError, NoAnswerError
 from netpol.model.ids import SERVICES, ObjectKey, Protocol
 from netpol.model.ipvs import AddReal, ForwardMethod, RealServer, ServerId, VirtualServer
 from netpol.model.net import Family, Prefix, parse_address, parse_prefix
+from netpol.model.objects import EndpointSlice, Service
 from proxy import names
 from proxy.apply import Drivers
+from proxy.sync import LOWER_AT_ONCE
 from tests.unit.proxy.test_health import ask, free_port
 
 NODE = "n1"
 VIP = "10.96.7.7"
+
+
+def bench_services(number: int) -> list[tuple[Service, EndpointSlice]]:
+    """Services of one endpoint each."""
+    made = []
+    for n in range(number):
+        service = decode_object("Service", samples.service_json(n))
+        piece = decode_object("EndpointSlice", samples.slice_json(n, 1))
+        assert isinstance(service, Service)
+        assert isinstance(piece, EndpointSlice)
+        made.append((service, piece))
+    return made
 
 
 class Kernel:
@@ -162,7 +178,7 @@ async def world(
             facts=facts,
             clock=SystemClock(),
             applied=count("applied"),
-            served=count("served"),
+            served=lambda _: count("served")(),
             told=count("told"),
             sysctls=list,
         )
@@ -482,3 +498,47 @@ async def test_an_api_server_inside_the_service_ranges_is_refused(tmp_path: Path
     with pytest.raises(InputError, match="--api-server"):
         async with world(tmp_path, service_ranges=("127.0.0.0/8",)):
             pytest.fail("it must not start")
+
+
+async def test_many_services_are_planned_in_parts_and_applied_together(tmp_path: Path) -> None:
+    kernel = Kernel()
+    async with world(tmp_path, kernel=kernel, start=False) as w:
+        services = bench_services(5 * PLAN_AT_ONCE)
+        for service, piece in services:
+            w.part.tracker.service(None, service)
+            w.part.tracker.slice(None, piece)
+        turns = 0
+
+        async def turn() -> None:
+            nonlocal turns
+            while not kernel.ipvs.applied:
+                turns += 1
+                await asyncio.sleep(0)
+
+        turning = asyncio.create_task(turn())
+        await w.part.synced()
+        assert turns >= 4  # others had their turns meanwhile
+        assert not kernel.ipvs.applied
+        await w.until(lambda: w.part.standing().in_sync)
+        await turning
+        # The first thing that the kernel was told were all of them.
+        assert kernel.ipvs.calls["AddServer"] == len(services) == len(kernel.ipvs.state)
+        assert w.part.room.status.applies == 1
+
+
+async def test_a_look_that_many_changes_overtake_finds_no_drift(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        services = bench_services(LOWER_AT_ONCE + 1)
+        for service, _ in services:
+            w.part.tracker.service(None, service)
+        room, plans = w.part.room, w.part.tracker.flush()
+        look = asyncio.create_task(room._look())
+        room.changed(plans)
+        await asyncio.gather(look, room.runner.wait_idle())
+        assert room.status.drifts == 0
+        assert room.status.services == len(services)
+        for service, _ in services:
+            w.part.tracker.service(service, None)
+        room.changed(w.part.tracker.flush())
+        await room.runner.wait_idle()
+        assert w.kernel.ipvs.state == {}

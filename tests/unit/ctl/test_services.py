@@ -110,7 +110,7 @@ def test_text_shows_what_only_pods_and_the_node_meet(world, capsys):
     assert "from pods and this node" in out
 
 
-@pytest.mark.parametrize("name", ["web -n ns", "ns/web", "svc/web -n ns"])
+@pytest.mark.parametrize("name", ["web -n ns", "ns/web", "svc/web -n ns", "ns/svc/web"])
 def test_one_service_by_name(world, capsys, name):
     file = world(here(), service(), other("alpha"))
     code, out, _ = run(capsys, "-f", file, "--node", "here", "-o", "json", *name.split())

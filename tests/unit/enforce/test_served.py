@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from netpol.enforce.dataplane import Dataplane
 from netpol.enforce.kernel_state import dump_kernel, execute
-from netpol.enforce.served import LOOK_EVERY_S, IpvsWatch, served_by
+from netpol.enforce.served import LOOK_EVERY_S, Choice, IpvsWatch, served_by
 from netpol.enforce.worker import PolicyRoom
 from netpol.kernel.drivers import AddMembers, SetTransaction
 from netpol.kernel.ipvs import Forward, IpvsTable, RealServer
@@ -176,6 +178,94 @@ def test_an_address_that_becomes_the_nodes_own_counts_at_once():
     assert before is not None
     assert after is not None
     assert (before.services, after.services) == ((VIP,), ())
+
+
+# -- what this process changed ------------------------------------------------------------------
+
+
+def told(*backends: str, forward: Forward = Forward.NAT) -> frozenset[RealServer]:
+    return frozenset(RealServer(packed(a), forward) for a in backends)
+
+
+def passing(watch: IpvsWatch, own: tuple[bytes, ...] = OWN) -> tuple[AddressPort, ...]:
+    served = watch.served(own)
+    assert served is not None
+    return served.services
+
+
+def test_what_is_told_is_known_without_a_look():
+    kernel = Kernel([table({VIP: ["10.244.1.20"]})])
+    watch = IpvsWatch(kernel.read)
+    watch.look()
+    assert passing(watch) == (VIP,)
+    assert not watch.tell(
+        {VIP: told("10.244.1.20", "10.244.1.21")}
+    )  # an endpoint: nothing for INPUT
+    assert watch.tell({LATE: told()})
+    assert passing(watch) == (VIP, LATE)
+    assert watch.tell({VIP: told("10.244.1.20", "172.18.0.2")})  # a backend on the node
+    assert passing(watch) == (LATE,)
+    assert watch.tell({VIP: told("10.244.1.20")})
+    assert watch.tell({LATE: None})
+    assert passing(watch) == (VIP,)
+    assert kernel.reads == 1
+
+
+def test_what_is_told_during_a_look_beats_what_the_look_saw():
+    watch = IpvsWatch(Kernel([table({VIP: [], VIP6: []}), table({VIP: [], LATE: []})]).read)
+    watch.look()
+    watch._told = {}
+    news = watch._news(watch._snapshot())
+    watch.tell({VIP: None, LATE: None, VIP6: told("fd00::2")})
+    watch._take(news)
+    assert passing(watch) == (VIP6,)
+
+
+def test_a_table_that_differs_much_is_taken_over_as_a_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("netpol.enforce.served.TAKEN_AT_ONCE", 1)
+    many = {key(f"10.96.1.{n}"): ["10.244.1.20"] for n in range(9)}
+    watch = IpvsWatch(Kernel([table({VIP: ["172.18.0.2"]}), table(many)]).read)
+    watch.look()
+    assert passing(watch) == ()
+    news = watch._news(watch._snapshot())
+    watch.tell({VIP6: told(), key("10.96.1.3"): told("172.18.0.2")})
+    assert watch._take(news)
+    assert set(passing(watch)) == {VIP6, *many} - {key("10.96.1.3")}
+
+
+SERVICES = [VIP, VIP6, LATE, key("10.96.0.12", 0), key("10.96.0.11", 80)]
+BACKENDS = st.frozensets(
+    st.builds(
+        RealServer,
+        st.sampled_from(["10.244.1.20", "10.96.0.11", "172.18.0.2", "127.0.0.1"]).map(packed),
+        st.sampled_from([Forward.NAT, Forward.TUNNEL]),
+    ),
+    max_size=2,
+)
+DEEDS = st.one_of(
+    st.tuples(st.sampled_from(SERVICES), st.none() | BACKENDS),
+    st.sampled_from([OWN, (), (packed("10.244.1.20"),)]),
+)
+
+
+@given(st.lists(DEEDS, max_size=12))
+def test_change_by_change_it_is_what_a_full_look_says(deeds: list[tuple[object, ...]]):
+    choice, now, own = Choice(IpvsTable()), IpvsTable(), ()
+    for deed in deeds:
+        before, version = choice.served(marks_are_ours=False).services, choice.version
+        match deed:
+            case (AddressPort() as service, None):
+                choice.put(service, None)
+                now.services.pop(service, None)
+            case (AddressPort() as service, frozenset() as backends):
+                choice.put(service, backends)
+                now.services[service] = backends
+            case _:
+                own = deed
+                choice.own = frozenset(own)
+        found = choice.served(marks_are_ours=False)
+        assert found == served_by(now, own)
+        assert choice.version != version or found.services == before
 
 
 # -- the sets -----------------------------------------------------------------------------------

@@ -44,6 +44,8 @@ class Leases:
 
     async def put(self, _path: str, body: dict[str, Any], **_: object) -> bytes:
         self._up("put")
+        if self.lease is None:
+            raise ApiError("put", status=404)
         if body["metadata"].get("resourceVersion") != str(self.version):
             raise ApiError("put", status=409)
         return self._store(body)
@@ -123,6 +125,23 @@ async def test_a_leader_that_ends_gives_the_lease_back() -> None:
     await clock.settle()
     assert two.leading
     second.cancel()
+
+
+async def test_a_lease_that_is_deleted_is_made_again_or_somebody_else_leads() -> None:
+    """Another contender may make it anew, and lead, long before ours would have ended."""
+    api, clock = Leases(), ManualClock()
+    one, two = elector(api, "one", clock), elector(api, "two", clock)
+    task = asyncio.create_task(one.run_forever())
+    await clock.settle()
+    api.lease = None
+    await clock.advance(2.5)
+    assert (one.leading, api.spec["holderIdentity"]) == (True, "one")
+    api.lease = None
+    await two._try()
+    assert two.leading
+    await clock.advance(2.5)
+    assert (one.leading, two.leading) == (False, True)
+    task.cancel()
 
 
 async def test_the_clock_of_another_node_does_not_matter() -> None:

@@ -152,6 +152,29 @@ def test_a_family_without_a_pool_is_no_fault_of_a_service_that_has_another() -> 
     assert [f.reason for f in grants[key("six")].faults] == ["PoolExhausted"]
 
 
+def test_a_machine_keeps_its_address_also_in_a_pool() -> None:
+    machines = [parse_address("192.0.2.10"), parse_address("192.0.2.12")]
+    claims = [claim("a"), claim("b", requested=("192.0.2.12",)), claim("c", held=("192.0.2.12",))]
+
+    grants = settle(claims, pools=POOLS, reserved={}, machines=machines)
+
+    assert [format_address(a) for a in grants[key("a")].addresses] == ["192.0.2.11"]
+    assert grants[key("b")].addresses == ()
+    assert grants[key("b")].faults[0].message.startswith("192.0.2.12 is a node's")
+    # What was given before is not taken away; that it is not served is told by who serves.
+    assert [format_address(a) for a in grants[key("c")].addresses] == ["192.0.2.12"]
+
+
+def test_a_range_of_any_size_is_not_counted_through() -> None:
+    pool = parse_range("2001:db8::/64")
+    claims = [claim(f"s{n:03}", families=(V6,)) for n in range(200)]
+
+    grants = settle(claims, pools=[pool], reserved={})
+
+    assert len({g.addresses for g in grants.values()}) == 200
+    assert pool.size == 1 << 64
+
+
 # -- laws ---------------------------------------------------------------------------------------
 
 ADDRESSES = st.sampled_from(

@@ -357,3 +357,24 @@ def test_two_ports_of_one_service_at_one_number():
         (Kind.NODE_PORT, "a"),
     ]
     assert "port b at 192.0.2.1:30080/TCP is not served: port a" in plan.refused[0].message
+
+
+def test_planning_in_parts_ends_where_planning_at_once_does() -> None:
+    """Changes come in between, also of what was planned already."""
+    shared = parse_address("203.0.113.77")
+    whole, parts = Tracker("n1"), Tracker("n1")
+    for tracker in (whole, parts):
+        for n in range(5):
+            tracker.service(None, service(f"s{n}", external_ips=(shared,)))
+    assert parts.plan_some(2)
+    assert parts.plan_some(2)
+    for tracker in (whole, parts):
+        tracker.service(service("s0", external_ips=(shared,)), None)
+        tracker.service(None, service("s9"))
+    while parts.plan_some(1):
+        assert parts.pending
+    assert parts.pending
+    assert not parts.plans
+    assert parts.flush() == whole.flush()
+    assert not parts.pending
+    assert parts.plans == whole.plans

@@ -232,3 +232,17 @@ async def test_nonsense_and_silence_do_no_harm() -> None:
     await server.close()
     with idle, pytest.raises(ConnectionRefusedError):
         await ask(server.port)
+
+
+async def test_changes_that_never_cease_are_no_illness_but_one_that_waits_is() -> None:
+    clock = ManualClock()
+    health = ProxyHealth(clock=clock)
+    for _ in range(100):
+        await clock.advance(2)
+        health.queued()
+        health.updated(clock.monotonic() - 1)  # another one came meanwhile, as always
+        assert health.healthy()
+    await clock.advance(STALE_S - 1.5)
+    assert health.healthy()
+    await clock.advance(1)
+    assert not health.healthy()

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from netpol.k8s.api import Api
 from netpol.k8s.cache import Store
 from netpol.k8s.decode import SERVICE
+from netpol.k8s.errors import ApiError
 from netpol.k8s.informers import InformerSet
 from netpol.k8s.lease import Elector, LeaseTimes
 from netpol.lab.apiserver import ApiServer
@@ -264,3 +266,46 @@ async def test_a_status_written_meanwhile_is_not_overwritten_blindly() -> None:
                 await asyncio.sleep(0.02)  # only after it was refused it reads the Service itself
         assert (await c.addresses())["x"] == ["lb.example.com"]
         assert made.writes == 0
+
+
+async def test_a_refusal_that_nobody_elses_write_explains_is_not_repeated_at_once() -> None:
+    async with cluster() as c:
+        c.join()
+        await c.settled()
+        made, patches = c.controllers[0], 0
+
+        async def refuse(path: str, body: dict[str, Any], **_: object) -> bytes:
+            nonlocal patches
+            patches += 1
+            raise ApiError("a webhook says no", status=409)
+
+        real_patch, c.api.patch = c.api.patch, refuse  # type: ignore[method-assign]
+        await c.create(service("a"))
+        async with asyncio.timeout(20):
+            while not made._runner.failures:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.5)
+        assert patches <= 2
+        c.api.patch = real_patch  # type: ignore[method-assign]
+        await c.until({"a": ["192.0.2.1"]})
+
+
+async def test_a_contender_that_dies_takes_the_controller_with_it() -> None:
+    """Else nobody would notice that this node can never lead again."""
+    async with cluster() as c:
+
+        async def die() -> None:
+            raise RuntimeError("a defect")
+
+        watches = InformerSet(c.api)
+        made = LoadBalancerController(
+            c.api,
+            watches.start(SERVICE).store,
+            pools=[],
+            load_balancer_class=OURS,
+            default_class=False,
+            elector=lambda _: SimpleNamespace(run_forever=die, leading=False),  # type: ignore[arg-type,return-value]
+        )
+        with pytest.raises(RuntimeError, match="a defect"):
+            await asyncio.wait_for(made.run_forever(), 5)
+        await watches.close()

@@ -74,6 +74,7 @@ COMMIT
 :KNP-SVC-NEW - [0:0]
 :KNP-SVC-VIP - [0:0]
 :KNP-SVC-REFUSE - [0:0]
+:KNP-SVC-FWD - [0:0]
 -A KNP-SVC-IN -m conntrack --ctstate INVALID,NEW,UNTRACKED -j KNP-SVC-NEW
 -A KNP-SVC-IN -m set --match-set KNP-SVC-VIP4 dst -g KNP-SVC-VIP
 -A KNP-SVC-NEW -m set --match-set KNP-SVC-LB4 dst,dst -m set ! --match-set KNP-SVC-SRC4 dst,dst,src -j DROP
@@ -88,7 +89,9 @@ COMMIT
 -A KNP-SVC-VIP -g KNP-SVC-REFUSE
 -A KNP-SVC-REFUSE -p tcp -j REJECT --reject-with tcp-reset
 -A KNP-SVC-REFUSE -j REJECT --reject-with icmp-port-unreachable
+-A KNP-SVC-FWD -m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY -j ACCEPT
 -I INPUT 1 -j KNP-SVC-IN
+-I FORWARD 1 -j KNP-SVC-FWD
 COMMIT
 """,
     "nat": """\

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from netpol.kernel.drivers import FlowMatch, SetError
+from netpol.kernel.ipvs import Forward
+from netpol.kernel.ipvs import RealServer as ServedReal
 from netpol.kernel.testing_ipvs import FakeFlow
 from netpol.lib.errors import KernelError
 from netpol.model.ids import ObjectKey, Protocol, SetName
@@ -28,6 +30,7 @@ from netpol.model.ipvs import (
 from netpol.model.net import Family, parse_address
 from netpol.model.ruleset import AddressPort
 from proxy import names
+from proxy.apply import ServedChange
 from proxy.ledger import parse
 from proxy.look import Touched
 from proxy.rows import Kind
@@ -120,6 +123,34 @@ async def test_nothing_is_touched_before_the_start(node: FakeNode):
     assert room.ready
     assert room.in_sync
     assert node.told == 1
+
+
+# -- what is told of it -------------------------------------------------------------------------
+
+
+async def test_whoever_judges_is_told_what_is_served_otherwise_and_no_more(node: FakeNode):
+    room = node.room()
+    said: list[ServedChange | None] = []
+    room._tell_served = said.append
+    await run(room, web(POD1) | dns(POD1))
+    assert said.pop() is None  # at the start it looks for itself
+
+    def backends_told(*addresses: str) -> frozenset[ServedReal]:
+        return frozenset(ServedReal(parse_address(a), Forward.NAT) for a in addresses)
+
+    service = AddressPort(WEB_ID.address, Protocol.TCP, 80)
+    await run(room, web(POD1, POD2))
+    assert said.pop() == {service: backends_told(POD1, POD2)}
+    await run(room, web(POD2))
+    assert said.pop() == {service: backends_told(POD1, POD2)}  # one drains
+    await node.clock.advance(2)
+    await serve(room)
+    assert said.pop() == {service: backends_told(POD2)}
+    await run(room, {WEB: None})
+    assert said.pop() == {service: None}
+    node.ipvs.refuse[AddReal(WEB_ID, real(POD1), RealConfig())] = errno.ENOMEM
+    await run(room, web(POD1))
+    assert said == [None]
 
 
 # -- drains -------------------------------------------------------------------------------------
@@ -265,6 +296,7 @@ async def test_a_ledger_that_cannot_be_read_leaves_what_is_not_on_our_link(node:
     await run(room, {})
     assert set(node.ipvs.state) == {NODE_PORT}
     assert room.status.foreign == (NODE_PORT,)
+    assert "only servers on our own link count as ours" in room.status.faults[0]
     await run(room, web_node_port(POD1))
     assert "somebody else" in room.errors[WEB][0]
 
@@ -348,7 +380,7 @@ async def test_what_the_kernel_refuses_of_a_service_stops_no_other_one(node: Fak
     node.ipvs.schedulers.discard("mh")
     room = node.room()
     await run(room, plan(row("web", "10.96.0.1", 80, POD1, scheduler="mh")) | dns(POD1))
-    assert "scheduler mh" in room.errors[WEB][0]
+    assert "the kernel has no scheduler mh (module ip_vs_mh)" in room.errors[WEB][0]
     assert list(room.errors) == [WEB]
     assert node.reals(DNS_ID) == {real(POD1): 1}
     # Its address may be there, its port not: it would be the node's own.
@@ -611,9 +643,9 @@ async def test_looks_come_at_growing_intervals(node: FakeNode, running: ProxyRoo
     await until(node, lambda: running.in_sync)
     at: list[float] = []
     for _ in range(13):
-        await until(node, lambda: running._look_at_s > node.clock.monotonic())
-        at.append(running._look_at_s)
-        await node.clock.advance(running._look_at_s - node.clock.monotonic())
+        await until(node, lambda: running._due.look_at_s > node.clock.monotonic())
+        at.append(running._due.look_at_s)
+        await node.clock.advance(running._due.look_at_s - node.clock.monotonic())
     gaps = [round(later - earlier, 3) for earlier, later in itertools.pairwise(at)]
     assert gaps[:4] == [0.1, 0.2, 0.4, 0.8]
     assert gaps[-2:] == [30.0, 30.0]
@@ -634,4 +666,4 @@ async def test_looks_leave_most_of_the_time_to_others_however_often_something_ch
     await room._look()
     end_s = node.clock.monotonic()
     await run(room, web(POD2))
-    assert room._look_at_s >= end_s + 19
+    assert room._due.look_at_s >= end_s + 19
