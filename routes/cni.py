@@ -11,6 +11,9 @@ from netpol.lib.errors import KernelError
 from netpol.model.net import Prefix
 from routes import conflist
 
+#: libcni takes the first of these in order of name.
+_SUFFIXES = (".conf", ".conflist", ".json")
+
 
 def keep_conflist(folder: Path, pod_cidrs: Sequence[Prefix], *, mtu: int) -> bool:
     """Have the podCIDRs in the node's conflist; returns whether it was written.
@@ -39,11 +42,23 @@ def keep_conflist(folder: Path, pod_cidrs: Sequence[Prefix], *, mtu: int) -> boo
     return True
 
 
+def beaten(folder: Path) -> str:
+    """Why container runtimes do not read the node's conflist: another file comes first; else ""."""
+    try:
+        first = min(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES)
+    except (OSError, ValueError):
+        return ""
+    if first >= conflist.FILE_NAME:
+        return ""
+    return f"{folder / first} comes before {conflist.FILE_NAME}: pods are made by what it says"
+
+
 def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name that no runtime takes for a configuration.
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    # A name that no runtime takes for a configuration; what a killed agent left there is overwritten.
+    beside = path.with_name(f".{path.name}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(beside, flags, 0o644)
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             file.write(text)

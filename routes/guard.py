@@ -3,7 +3,7 @@
 A tunnel's end takes whatever comes: a pod, or a host outside, could send a packet that claims to come from
 any pod, and it would enter behind the check of sources that pod interfaces have. So packets of the
 overlay's own encapsulation are dropped at INPUT unless an address of a node sent them. What is not our
-overlay's is not looked at, and without tunnels there is no rule.
+overlay's is not looked at, and where none are taken there is no rule.
 """
 
 from __future__ import annotations
@@ -39,22 +39,29 @@ SPECS: dict[SetName, SetSpec] = {s.name: s for s in NODE.values()}
 _ENCAPSULATED = {Family.V4: Protocol.IPIP, Family.V6: Protocol.IPV6}
 
 
+def taken(plan: RoutePlan) -> tuple[Encapsulation, ...]:
+    """The encapsulations that this node takes packets out of."""
+    own = (plan.options.encapsulation,) if plan.tunnels else ()
+    return tuple(dict.fromkeys((*own, *plan.options.accept)))
+
+
 def needed(plan: RoutePlan) -> bool:
-    """Whether a plan has tunnels at all."""
-    return bool(plan.tunnels)
+    """Whether a node takes tunnelled packets at all."""
+    return bool(taken(plan))
 
 
 def ruleset(plan: RoutePlan, family: Family) -> Ruleset:
-    """The chain and its hook; nothing where the plan has no tunnels."""
+    """The chain and its hook; nothing where no tunnelled packets are taken."""
     if not needed(plan):
         return Ruleset()
     stranger = SetMatch(NODE[family].name, (Side.SRC,), negate=True)
-    if plan.options.encapsulation is Encapsulation.VXLAN:
-        port = DstPorts(Protocol.UDP, (PortSpan(VXLAN_PORT, VXLAN_PORT),))
-        rule = Rule(Drop(), (IpProtocol(Protocol.UDP), port, stranger))
-    else:
-        rule = Rule(Drop(), (IpProtocol(_ENCAPSULATED[family]), stranger))
-    return Ruleset({INPUT: (rule,)}, {Hook.INPUT: INPUT})
+    port = DstPorts(Protocol.UDP, (PortSpan(VXLAN_PORT, VXLAN_PORT),))
+    what = {
+        Encapsulation.VXLAN: (IpProtocol(Protocol.UDP), port),
+        Encapsulation.IPIP: (IpProtocol(_ENCAPSULATED[family]),),
+    }
+    rules = tuple(Rule(Drop(), (*what[e], stranger)) for e in taken(plan))
+    return Ruleset({INPUT: rules}, {Hook.INPUT: INPUT})
 
 
 def members(nodes: Iterable[bytes]) -> dict[SetName, Members]:

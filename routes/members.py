@@ -6,8 +6,9 @@ configuration that BIRD refuses on every node.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -27,12 +28,19 @@ from routes.options import RouteOptions
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A node as BGP sees it."""
+    """A node as BGP sees it.
+
+    Attributes:
+        addresses: one of each family.
+        pods: podCIDRs that are its own, and nobody else's.
+        claimed: podCIDRs that it says it has; where pods run whoever is in the right.
+    """
 
     node: Node
     bgp: NodeBgp
     addresses: Mapping[Family, bytes]
     pods: tuple[Prefix, ...]
+    claimed: tuple[Prefix, ...] = ()
 
 
 #: What no router may tell us: this network, loopback, link-local, multicast and what is reserved.
@@ -85,15 +93,18 @@ def _read_member(node: Node, cluster_cidrs: tuple[Prefix, ...]) -> tuple[Member,
         else:
             addresses.setdefault(family_of(address), address)
     pods: list[Prefix] = []
-    for block in node.pod_cidrs:
+    claimed: list[Prefix] = []
+    for block in dict.fromkeys(node.pod_cidrs):
         bounds = [c for c in cluster_cidrs if c.family is block.family]
+        if any(overlap(block, bad) for bad in NEVER):
+            problems.append(f"node {node.name}: podCIDR {block} is no range that can be routed")
+            continue
+        claimed.append(block)
         if bounds and not any(c.covers(block) for c in bounds):
             problems.append(f"node {node.name}: podCIDR {block} is outside the cluster's ranges")
-        elif any(overlap(block, bad) for bad in NEVER):
-            problems.append(f"node {node.name}: podCIDR {block} is no range that can be routed")
         else:
             pods.append(block)
-    return Member(node, bgp, addresses, tuple(dict.fromkeys(pods))), tuple(problems)
+    return Member(node, bgp, addresses, tuple(pods), tuple(claimed)), tuple(problems)
 
 
 def _rank(member: Member) -> tuple[str, str]:
@@ -202,6 +213,45 @@ def _without_overlaps(members: Iterable[Member], problems: list[str]) -> Iterabl
             yield replace(m, pods=tuple(p for p in m.pods if (p, m.node.name) not in lost))
         else:
             yield m
+
+
+def router_id(me: Member, members: Iterable[Member], problems: list[str]) -> bytes:
+    """The node's BGP identifier (RFC 6286): four bytes that no other speaker of its AS has.
+
+    That of its annotation; or its IPv4 address; or a hash of its name, and another one where an older node
+    has the same.
+
+    Args:
+        me: the node.
+        members: all of the cluster.
+        problems: is added to.
+    """
+    said = {m.bgp.router_id or m.addresses.get(Family.V4): m for m in members if m is not me}
+    wanted = me.bgp.router_id or me.addresses.get(Family.V4)
+    if wanted is not None:
+        other = said.get(wanted)
+        if other is not None:
+            problems.append(
+                f"node {me.node.name}: its BGP identifier {format_address(wanted)} is that of node "
+                f"{other.node.name} too: no session inside one AS with it"
+            )
+        return wanted
+    taken = set(said)
+    unnamed = [m for m in members if not (m.bgp.router_id or Family.V4 in m.addresses)]
+    for m in sorted(unnamed, key=_rank):
+        made = _hashed_id(m.node.name, taken)
+        if m is me:
+            return made
+        taken.add(made)
+    return _hashed_id(me.node.name, taken)
+
+
+def _hashed_id(name: str, taken: Collection[bytes | None]) -> bytes:
+    """Four bytes out of a name that are not taken; 0.0.0.0 is no identifier."""
+    digest = hashlib.sha256(name.encode()).digest()
+    while not any(digest[:4]) or digest[:4] in taken:
+        digest = hashlib.sha256(digest).digest()
+    return digest[:4]
 
 
 def overlap(one: Prefix, two: Prefix) -> bool:

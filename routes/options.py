@@ -14,6 +14,8 @@ from netpol.model.net import Prefix
 #: The AS of a cluster that names none: private (RFC 6996), and kube-router's default.
 DEFAULT_ASN = 64512
 ASN_MAX = 0xFFFF_FFFF
+#: Nobody has these: RFC 7607, RFC 6793 section 9 (AS_TRANS), RFC 7300.
+NO_ASNS = (0, 23456, 65535, ASN_MAX)
 #: RFC 4271 section 4.2: a hold time is 0 or at least three seconds; without keepalives nobody notices.
 HOLD_MIN_S = 3
 #: The kernel keeps at most this many characters of a TCP-MD5 key (TCP_MD5SIG_MAXKEYLEN).
@@ -113,8 +115,10 @@ class RouteOptions:
         interface: the node's link to the others.
         cluster_cidrs: pod ranges that nodes' podCIDRs must lie in; empty for no such bound.
         service_cidrs: ranges that nobody outside may announce.
+        vip_cidrs: ranges of external and load balancer addresses, which nobody outside may announce either.
         connected: other networks that the node has a link to, which nobody outside may announce.
         subnets: L2 segments; nodes in the same one reach each other without a router. Empty: all do.
+        accept: encapsulations that are taken from nodes besides one's own, while a cluster changes over.
         mesh: whether every node peers with every other.
         peers: routers that every node peers with.
         advertise_pod_cidr: whether they are told this node's podCIDRs.
@@ -128,10 +132,12 @@ class RouteOptions:
     asn: int = DEFAULT_ASN
     cluster_cidrs: tuple[Prefix, ...] = ()
     service_cidrs: tuple[Prefix, ...] = ()
+    vip_cidrs: tuple[Prefix, ...] = ()
     subnets: tuple[Prefix, ...] = ()
     connected: tuple[Prefix, ...] = ()
     overlay: OverlayMode = OverlayMode.CROSS_SUBNET
     encapsulation: Encapsulation = Encapsulation.VXLAN
+    accept: tuple[Encapsulation, ...] = ()
     mesh: bool = True
     peers: tuple[ExternalPeer, ...] = ()
     advertise_pod_cidr: bool = True

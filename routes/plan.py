@@ -16,11 +16,13 @@ from netpol.model.net import (
     Prefix,
     collapse,
     family_of,
+    format_address,
     host_prefix,
+    masked,
 )
 from netpol.model.objects import Node
 from routes.annotations import NodeBgp
-from routes.members import NEVER, Member, members_of, overlap
+from routes.members import NEVER, Member, members_of, overlap, router_id
 from routes.options import (
     Community,
     Encapsulation,
@@ -28,6 +30,9 @@ from routes.options import (
     OverlayMode,
     RouteOptions,
 )
+
+#: The subnet around a node's address where nobody names any: IPv6's is always this (RFC 4291 section 2.5.4).
+_USUAL = {Family.V4: 24, Family.V6: 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class NodePeer:
         accept: exactly the blocks that are learnt from it.
         client: whether we reflect routes to it, as of this cluster.
         reflects: whether it reflects routes to us.
+        six: IPv4 is told with next hops of IPv6 (RFC 8950), since one of the two has no IPv4 address.
     """
 
     node: str
@@ -46,6 +52,7 @@ class NodePeer:
     accept: tuple[Prefix, ...]
     client: bool = False
     reflects: bool = False
+    six: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +78,16 @@ class RoutePlan:
 
     Attributes:
         addresses: the node's own, one for each family it has.
-        own_pods: its podCIDRs, which nobody may announce to it.
+        own_pods: its podCIDRs, which it announces.
+        guarded: what nobody may take from it: its podCIDRs, also one that is another node's by right, since
+            its pods have addresses of it.
         vips: addresses of Services that external peers are told.
         pods: podCIDRs of all nodes.
         owners: of each other node, the next hop of a family and its podCIDRs of it.
         protected: blocks that a router outside may not announce, nor a part or a whole of.
         tunnels: nodes behind the overlay; `tunnel_all` says that no other way may be taken.
         on_link: whether nodes without a tunnel are reached over their subnet; else by any route.
-        local_addresses: where sessions are bound, if not to `addresses`.
+        local_addresses: where sessions with routers outside are bound; other nodes know `addresses` alone.
         problems: annotations and objects that are not followed, in words.
     """
 
@@ -88,6 +97,7 @@ class RoutePlan:
     router_id: bytes
     addresses: Mapping[Family, bytes]
     own_pods: tuple[Prefix, ...] = ()
+    guarded: tuple[Prefix, ...] = ()
     vips: tuple[Prefix, ...] = ()
     pods: tuple[Prefix, ...] = ()
     owners: tuple[tuple[bytes, tuple[Prefix, ...]], ...] = ()
@@ -135,15 +145,19 @@ def plan(
     pods = tuple(p for m in members.values() for p in m.pods)
     others = [m for m in members.values() if m is not me]
     mesh = tuple(_mesh(me, others, options, asn, problems))
+    problems += _apart(me, others, mesh, options)
     external = _external(me, asn, options, mesh, problems)
     announced = _announced(vips, external)
+    if not me.node.pod_cidrs:
+        problems.append(f"node {name} has no podCIDR: it announces none")
     return RoutePlan(
         node=name,
         options=options,
         asn=asn,
-        router_id=me.bgp.router_id or _router_id(me),
+        router_id=router_id(me, members.values(), problems),
         addresses=me.addresses,
         own_pods=me.pods,
+        guarded=me.claimed,
         vips=announced,
         pods=tuple(sorted(set(pods))),
         owners=tuple(_owners(others)),
@@ -152,20 +166,16 @@ def plan(
         announcement=Announcement(me.bgp.communities, me.bgp.prepend),
         cluster_id=me.bgp.reflector_cluster,
         protected=_protected(
-            members.values(), external, options, (*announced, *_reachable(services, external))
+            me,
+            members.values(),
+            external,
+            options,
+            vips=(*announced, *_reachable(services, external)),
         ),
         tunnels=tuple(_tunnels(me, others, options)),
         local_addresses=me.bgp.local_addresses,
         problems=tuple(problems),
     )
-
-
-def _router_id(me: Member) -> bytes:
-    """RFC 6286: any four bytes that no other speaker of the AS has."""
-    address = me.addresses.get(Family.V4)
-    if address is not None:
-        return address
-    return b"\x01" + hashlib.sha256(me.node.name.encode()).digest()[:3]  # 0.0.0.0 is none
 
 
 def _mesh(
@@ -181,6 +191,11 @@ def _mesh(
     everybody, each other included; other nodes with everybody but clients. Both ends decide the same.
     """
     others = list(others)
+    client = me.bgp.client_cluster
+    if client is not None and not any(_reflection(o.bgp, me.bgp) for o in others):
+        problems.append(
+            f"node {me.node.name} is a client of reflector {format_address(client)}, and no node is one"
+        )
     reflected = tuple(sorted({p for o in others for p in o.pods}))
     for other in others:
         if not other.addresses:
@@ -212,7 +227,36 @@ def _mesh(
             accept=reflected if reflects else other.pods,
             client=serves,
             reflects=reflects,
+            six=family is Family.V6,
         )
+
+
+def _apart(
+    me: Member, others: Iterable[Member], peers: Iterable[NodePeer], options: RouteOptions
+) -> Iterable[str]:
+    """Pods of a family that we have too, and no way to them: what BGP cannot help."""
+    with_six = {p.node for p in peers if p.six}
+    reflected = any(p.reflects for p in peers)
+    ours = {p.family for p in me.pods}
+    for other in others:
+        if not me.addresses.keys() & other.addresses.keys():
+            continue  # said already: there is no session
+        for family in sorted(ours & {p.family for p in other.pods}):
+            if family in me.addresses and family in other.addresses:
+                continue
+            at = f"node {other.node.name}: IPv{family.value} pods are not reached: "
+            if family is Family.V6 or not (
+                Family.V6 in me.addresses and Family.V6 in other.addresses
+            ):
+                yield f"{at}one of the nodes has no IPv{family.value} address"
+            elif other.node.name not in with_six and reflected:
+                yield f"{at}no reflector tells IPv4 by IPv6, as nodes without an IPv4 address need"
+            elif options.encapsulation is Encapsulation.IPIP and _tunnelled(me, other, options):
+                yield f"{at}ipip carries no IPv4 between IPv6 addresses (vxlan does)"
+
+
+def _tunnelled(me: Member, other: Member, options: RouteOptions) -> bool:
+    return any(True for _ in _tunnels(me, [other], options))
 
 
 def _reflection(server: NodeBgp, client: NodeBgp) -> bool:
@@ -243,19 +287,15 @@ def _external(
     nodes = {p.address: p.node for p in mesh}
     out: list[ExternalPeer] = []
     for peer in found.values():
-        family = family_of(peer.address)
+        family, shown = family_of(peer.address), format_address(peer.address)
         if family not in me.addresses and peer.local_address is None:
-            problems.append(f"peer {host_prefix(peer.address)}: this node has no IPv{family.value}")
+            problems.append(f"peer {shown}: this node has no IPv{family.value}")
         elif peer.address in me.addresses.values():
-            problems.append(f"peer {host_prefix(peer.address)}: this is the node itself")
+            problems.append(f"peer {shown}: this is the node itself")
         elif peer.address in nodes:
-            problems.append(
-                f"peer {host_prefix(peer.address)}: this is node {nodes[peer.address]}, a peer already"
-            )
+            problems.append(f"peer {shown}: this is node {nodes[peer.address]}, a peer already")
         elif peer.reflector and peer.asn != asn:
-            problems.append(
-                f"peer {host_prefix(peer.address)}: a reflector has the AS of the node ({asn})"
-            )
+            problems.append(f"peer {shown}: a reflector has the AS of the node ({asn})")
         else:
             out.append(peer)
     return tuple(sorted(out, key=lambda p: (p.address, p.port)))
@@ -281,18 +321,23 @@ def _reachable(services: Iterable[Prefix], external: Iterable[ExternalPeer]) -> 
 
 
 def _protected(
+    me: Member,
     members: Iterable[Member],
     external: Iterable[ExternalPeer],
     options: RouteOptions,
+    *,
     vips: Iterable[Prefix],
 ) -> tuple[Prefix, ...]:
     """What the cluster and the node live on: no route from outside may touch it."""
-    out = {*NEVER, *options.cluster_cidrs, *options.service_cidrs, *options.subnets, *vips}
-    out |= {*options.connected}
+    out = {*NEVER, *options.cluster_cidrs, *options.service_cidrs, *options.vip_cidrs, *vips}
+    out |= {*options.subnets, *options.connected, *me.claimed}
+    named = {s.family for s in options.subnets}
     for m in members:
         out |= {*m.pods, *(host_prefix(a) for a in m.node.addresses)}
+        out |= {masked(a, _USUAL[f]) for f, a in m.addresses.items() if f not in named}
+    out |= {host_prefix(a) for a in me.bgp.local_addresses}
     for peer in external:
-        out.add(host_prefix(peer.address))
+        out |= {host_prefix(a) for a in (peer.address, peer.local_address) if a is not None}
     # What lies in a block of these is protected by it.
     return tuple(sorted(collapse(out), key=lambda p: (p.family, p.address, p.length)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from netpol.kernel.fib import Way
 from netpol.kernel.routes import KernelRoute
 from netpol.model.net import Prefix, format_address
 from routes.bird.render import node_name, peer_name
@@ -113,30 +114,53 @@ def _not_learnt(plan: RoutePlan | None, best: Mapping[Prefix, RouteView]) -> lis
 
 
 def lookup_document(
-    plan: RoutePlan | None,
-    address: bytes,
-    bird: Iterable[RouteView],
-    kernel: Iterable[KernelRoute],
+    plan: RoutePlan | None, address: bytes, bird: Iterable[RouteView], way: Way
 ) -> Json:
-    """Where packets to an address go, as far as routes of ours decide it."""
+    """Where packets to an address go, as the kernel says, and what BIRD has for it.
+
+    Args:
+        plan: the node's.
+        address: is asked for.
+        bird: its routes that hold the address.
+        way: the kernel's.
+    """
     labels = {name: label for name, _, label, _, _ in _wanted(plan)}
-    out: Json = {"address": format_address(address)}
-    if plan is not None and any(p.contains(address) for p in plan.own_pods):
-        return {**out, "where": "this node's own pods", "prefix": None, "peer": None}
-    found = [r for r in kernel if r.prefix.contains(address)]
-    if not found:
-        return {
-            **out,
-            "where": "no route of ours: the kernel's own decide",
-            "prefix": None,
-            "peer": None,
-        }
-    route = max(found, key=lambda r: r.prefix.length)
-    view = next((v for v in bird if v.best and v.prefix == route.prefix), None)
-    peer = labels.get(view.protocol) if view is not None else None
-    if not route.reachable:
-        where = "nowhere: the next hop is not reached, so it is refused"
-    else:
-        where = "via " + ", ".join(format_address(g) for g in route.gateways)
-        where += f" on {view.interface}" if view is not None and view.interface else ""
-    return {**out, "where": where, "prefix": str(route.prefix), "peer": peer}
+    learnt = [v for v in bird if v.best and v.protocol in labels and v.prefix.contains(address)]
+    best = max(learnt, key=lambda v: v.prefix.length, default=None)
+    own = plan is not None and any(p.contains(address) for p in plan.own_pods)
+    # Of a route that refuses, IPv4 does not say which one it is.
+    ours = best is not None and (
+        (way.maker == "bird" and way.prefix == best.prefix)
+        or (way.refused and way.prefix is None and best.unreachable)
+    )
+    return {
+        "address": format_address(address),
+        "where": _where(way, own=own, ours=ours),
+        "prefix": str(best.prefix) if ours and best is not None else _text(way.prefix),
+        "peer": labels[best.protocol] if ours and best is not None else None,
+        "by": "bird" if ours else way.maker or None,
+        "learnt": _text(best.prefix if best is not None else None),
+    }
+
+
+def _text(prefix: Prefix | None) -> str | None:
+    return None if prefix is None else str(prefix)
+
+
+def _where(way: Way, *, own: bool, ours: bool) -> str:
+    if own and way.reachable and not way.gateways:
+        return "this node's own pods"
+    if way.local:
+        return "this node itself"
+    if way.refused:
+        return (
+            "nowhere: the next hop is not reached, so it is refused"
+            if ours
+            else "nowhere: one of the kernel's own routes refuses it"
+        )
+    if not way.reachable:
+        return "nowhere: the kernel has no route"
+    hops = ", ".join(format_address(g) for g in way.gateways)
+    where = f"via {hops}" if hops else "directly"
+    where += f" on {', '.join(way.links)}" if way.links else ""
+    return where if ours or way.maker == "bird" else f"{where}: one of the kernel's own routes"

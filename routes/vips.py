@@ -68,7 +68,8 @@ def _of(service: Service, options: RouteOptions, *, ready: bool) -> Iterator[byt
     if _wanted(service, "externalip", default=options.advertise_external_ip):
         yield from service.external_ips
     if _wanted(service, "loadbalancerip", default=options.advertise_load_balancer_ip):
-        yield from (i.address for i in service.ingress if i.address)
+        # The load balancer's own (ipMode Proxy) must get there, not here.
+        yield from (i.address for i in service.ingress if i.address and not i.proxied)
 
 
 def _wanted(service: Service, what: str, *, default: bool) -> bool:

@@ -8,10 +8,13 @@ BIRD goes on when the agent ends. Nothing here decides what is routed.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 from prometheus_client.core import Metric
 
 from netpol.admin.health import counter, gauge
@@ -27,26 +30,29 @@ from netpol.kernel.drivers import Variant
 from netpol.kernel.routes import bird_routes
 from netpol.kernel.sets import NetlinkSets
 from netpol.kernel.tables import RestoreTables
-from netpol.lib.errors import InputError
+from netpol.lib.errors import InputError, NetpolError
 from netpol.model.ids import ROUTES
 from netpol.model.net import Prefix, parse_address, parse_prefix
+from netpol.model.pools import parse_range
 from routes.bird.daemon import BirdDaemon, Folder
 from routes.bird.engine import BirdEngine
 from routes.egress import EgressOptions
 from routes.options import Encapsulation, OverlayMode, RouteOptions
-from routes.peers_file import read_peers
+from routes.peers_watch import PeersFile
 from routes.rules import RuleDrivers
-from routes.sync import Facts, RoutesRoom
+from routes.state import Facts
+from routes.sync import RoutesRoom
+from routes.vips import ready_here
+
+_log = structlog.get_logger(__name__)
 
 _LOCAL_PODS = informers.LOCAL_PODS
+#: How often the file of peers and the files with passwords are read; a kubelet takes a minute to change them.
+PEERS_EVERY_S = 3.0
 
 
 class RoutesPart:
-    """Routes on one node.
-
-    Raises:
-        InputError: the file of peers cannot be used.
-    """
+    """Routes on one node."""
 
     name = "routes"
 
@@ -57,8 +63,16 @@ class RoutesPart:
         variant: Variant,
         clock: Clock,
         cni_written: Callable[[], None],
+        peers_read: Callable[[Iterable[bytes]], None] = lambda _: None,
     ) -> None:
-        self._settings = settings
+        """Args: cni_written: called when the CNI configuration was changed.
+
+        peers_read: told the addresses of the routers that all nodes peer with, whenever they are others.
+        """
+        self._settings, self._clock, self._peers_read = settings, clock, peers_read
+        path = settings.bgp_peers_file
+        self._peers = PeersFile(path, flag="--bgp-peers-file") if path else None
+        self._synced = False
         self._stores: dict[str, Store[Any]] = {}
         self.engine = BirdEngine(
             BirdDaemon(Folder(Path(settings.run_dir) / "bird"), external=settings.bird_external),
@@ -98,12 +112,15 @@ class RoutesPart:
     # -- start and stop ---------------------------------------------------------------------
 
     async def prepare(self) -> None:
-        """Check that there is a BIRD, and find one that runs.
+        """Find a BIRD that runs, and read the peers.
 
-        Raises:
-            KernelMissingError: none, or one that is too old.
+        What is missing is told in status, and looked for again: policy must not wait for it.
         """
-        await self.engine.prepare()
+        try:
+            await self.engine.prepare()
+        except NetpolError as e:
+            _log.error("routes wait for BIRD", error=str(e))
+        self._read_peers()
 
     def start(self, watches: informers.InformerSet, tasks: TaskSet) -> None:
         """Start the watches that nobody else has started, and all that runs for ever."""
@@ -116,15 +133,53 @@ class RoutesPart:
             watches.share(KINDS["Pod"], name=_LOCAL_PODS, selection=pods),
         ):
             self._stores[informer.name] = informer.store
-            informer.store.subscribe(self._changed)
+        for name, store in self._stores.items():
+            store.subscribe(self._slice_changed if name == "endpointslices" else self._changed)
         tasks.spawn("routes room", self.room.run_forever())
+        if self._peers is not None:
+            tasks.spawn("peers file", self._follow_peers())
+
+    async def _follow_peers(self) -> None:
+        while True:
+            await self._clock.sleep(PEERS_EVERY_S)
+            self._read_peers()
+
+    def _read_peers(self) -> None:
+        """Take over what the files say. Without any good peers nothing is applied: BIRD may have some."""
+        file = self._peers
+        if file is None or not file.look():
+            return
+        if file.fault:
+            _log.error("the file of peers is not followed", error=file.fault)
+        peers = file.peers
+        if peers is not None and peers != self.room.options.peers:
+            self.room.options = replace(self.room.options, peers=peers)
+            self._peers_read([p.address for p in peers])
+            self.room.changed()
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._synced and (self._peers is None or self._peers.peers is not None):
+            self.room.start()
+
+    @property
+    def _peers_fault(self) -> str:
+        return self._peers.fault if self._peers is not None else ""
 
     def _changed(self, _: Change[Any]) -> None:
         self.room.changed()
 
+    def _slice_changed(self, change: Change[Any]) -> None:
+        """Of a whole cluster's endpoints only this counts: whether a Service has a ready one here."""
+        node = self._settings.node
+        before, after = (ready_here((s,) if s else (), node) for s in (change.before, change.after))
+        if before != after:
+            self.room.changed()
+
     def synced(self) -> None:
         """The caches are in sync: the first apply begins."""
-        self.room.start()
+        self._synced = True
+        self._begin()
 
     async def stop(self) -> None:
         """Let go; BIRD and routes stay. Tasks are ended by who started them."""
@@ -149,14 +204,18 @@ class RoutesPart:
         if status.error:
             return status.error
         if status.applied_at_s is None:
-            return ""
+            return self._peers_fault
         return self.engine.status.error or None
 
     def errors(self) -> list[str]:
         """See Part."""
         status = self.room.status
-        found = (status.error, self.engine.status.error, status.conflist_error)
-        return [f"routes: {e}" for e in (*found, *status.problems) if e]
+        return [f"routes: {e}" for e in (*self._faults(), *status.problems)]
+
+    def _faults(self) -> list[str]:
+        status, bird = self.room.status, self.engine.status
+        found = (status.error, bird.error, bird.beside, status.conflist_error, self._peers_fault)
+        return [e for e in found if e]
 
     def document(self) -> dict[str, Any]:
         """See Part."""
@@ -167,11 +226,12 @@ class RoutesPart:
             "sessions": bird.sessions,
             "established": bird.established,
             "applies": bird.applies,
-            "reverts": bird.reverts,
+            "reverts": status.reverts,
+            "onTrial": status.on_trial,
             "starts": bird.starts,
             "failures": status.failures,
             "draining": self.room.options.drain,
-            "errors": [e for e in (status.error, bird.error, status.conflist_error) if e],
+            "errors": self._faults(),
         }
 
     def metrics(self) -> Iterable[Metric]:
@@ -185,7 +245,9 @@ class RoutesPart:
         )
         yield counter("routes_applies", "Configurations that BIRD took over", bird.applies)
         yield counter("routes_failures", "Applies that failed and were repeated", status.failures)
-        yield counter("routes_reverts", "Changes undone because routes did not go on", bird.reverts)
+        yield counter(
+            "routes_reverts", "Changes undone because routes did not go on", status.reverts
+        )
         yield counter("routes_bird_starts", "Times BIRD was started", bird.starts)
 
     def complaints(self) -> Iterator[Complaint]:
@@ -220,26 +282,27 @@ async def _has_routes() -> bool:
 
 
 def route_options(settings: Settings) -> RouteOptions:
-    """The room's options out of the agent's settings.
-
-    Raises:
-        InputError: the file of peers cannot be used.
-    """
+    """The room's options out of the agent's settings; those of its file of peers come later."""
     s = settings
     return RouteOptions(
         asn=s.bgp_asn,
         cluster_cidrs=_prefixes(s.cluster_cidr),
         service_cidrs=_prefixes(s.service_ranges),
+        vip_cidrs=(
+            *_prefixes(s.external_ip_cidr),
+            *(block for text in s.loadbalancer_pools for block in _blocks(text)),
+        ),
         subnets=_prefixes(s.node_subnets),
         overlay=OverlayMode(s.overlay),
         encapsulation=Encapsulation(s.encapsulation),
+        accept=tuple(Encapsulation(e) for e in s.overlay_accept),
         mesh=s.bgp_mesh,
-        peers=read_peers(s.bgp_peers_file, flag="--bgp-peers-file") if s.bgp_peers_file else (),
         advertise_pod_cidr=s.advertise_pod_cidr,
         advertise_cluster_ip=s.advertise_cluster_ip,
         advertise_external_ip=s.advertise_external_ip,
         advertise_load_balancer_ip=s.advertise_load_balancer_ip,
         hold_s=s.bgp_hold_time,
+        keepalive_s=s.bgp_keepalive_time,
         graceful_restart=s.bgp_graceful_restart,
         listen_port=s.bgp_port,
         run_dir=str(Path(s.run_dir) / "bird"),
@@ -248,3 +311,14 @@ def route_options(settings: Settings) -> RouteOptions:
 
 def _prefixes(texts: Iterable[str]) -> tuple[Prefix, ...]:
     return tuple(parse_prefix(t) for t in texts)
+
+
+def _blocks(pool: str) -> Iterator[Prefix]:
+    """A CIDR as it is; FIRST-LAST as the blocks that hold exactly these addresses."""
+    if "-" not in pool:
+        yield parse_prefix(pool)
+        return
+    ends = parse_range(pool)
+    first, last = ipaddress.ip_address(ends.first), ipaddress.ip_address(ends.last)
+    for block in ipaddress.summarize_address_range(first, last):
+        yield parse_prefix(str(block))

@@ -36,8 +36,13 @@ def route_notes(socket: str, found: Sequence[Finding]) -> tuple[str, ...]:
         if not isinstance(answer, dict) or answer.get("node") != source:
             return ()  # another node's agent knows nothing of this one
         where = str(answer.get("where"))
-        if answer.get("prefix") is None:
+        if answer.get("learnt") is None:
             out.append(f"node {source} has learnt no route to {text} (node {target})")
         elif where.startswith("nowhere"):
             out.append(f"node {source} has a route to {text} (node {target}) that leads {where}")
+        elif answer.get("by") != "bird":
+            out.append(
+                f"node {source} sends packets to {text} (node {target}) another way than BGP says: "
+                f"{answer.get('prefix')} {where}"
+            )
     return tuple(out)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from netpol.admin import client
 from netpol.ctl.output import emit, plural, remark, table
 from netpol.ctl.source import offline_manifests
 from netpol.lib.errors import InputError, NoAnswerError
+from netpol.model.ids import ObjectKey
 from netpol.model.net import Prefix, format_address, parse_address, parse_prefix
 from routes.bird.render import render
 from routes.options import (
     ASN_MAX,
+    NO_ASNS,
     Encapsulation,
     OverlayMode,
     RouteOptions,
@@ -20,6 +22,9 @@ from routes.options import (
 from routes.peers_file import read_peers
 from routes.plan import plan
 from routes.vips import announced, service_addresses
+
+if TYPE_CHECKING:
+    from netpol.k8s.manifests import Manifests
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +64,8 @@ def _lookup_text(answer: dict[str, Any]) -> str:
     line = f"{answer['address']}: {answer['where']}"
     if answer["prefix"]:
         line += f" ({answer['prefix']}" + (f" of {answer['peer']})" if answer["peer"] else ")")
+    if answer["learnt"] and answer["by"] != "bird":
+        line += f"; not by {answer['learnt']}, which BGP has told"
     return line
 
 
@@ -101,7 +108,10 @@ def _render(args: argparse.Namespace) -> int:
     services = service_addresses(found.services.values())
     made = plan(found.nodes.values(), args.node, options, vips=vips, services=services)
     for problem in made.problems:
-        remark(problem)
+        remark(_located(problem, found))
+    keyed = sum(bool(p.password) for p in made.external)
+    if keyed:
+        remark(f"{plural(keyed, 'password')} in the configuration: keep it as a secret")
     if args.strict and made.problems:
         raise InputError("--strict: problems with nodes or peers", needed="none")
     text = render(made)
@@ -109,10 +119,22 @@ def _render(args: argparse.Namespace) -> int:
     return 0
 
 
+def _located(problem: str, found: Manifests) -> str:
+    """A problem with the file and document of the Node that it is about."""
+    words = problem.split(maxsplit=2)
+    name = words[1].removesuffix(":") if len(words) == 3 and words[0] == "node" else ""
+    origin = found.origins.get(("Node", ObjectKey("", name)))
+    return problem if origin is None else f"{origin}: {problem}"
+
+
 def _options(args: argparse.Namespace) -> RouteOptions:
     asn = args.asn
-    if not 0 < asn < ASN_MAX:
-        raise InputError("--asn", needed=f"1..{ASN_MAX - 1}", got=str(asn))
+    if not 0 < asn < ASN_MAX or asn in NO_ASNS:
+        raise InputError("--asn", needed=f"an AS of 1..{ASN_MAX - 1}", got=str(asn))
+    if args.keepalive_time > args.hold_time:
+        raise InputError(
+            "--keepalive-time", needed="at most --hold-time", got=str(args.keepalive_time)
+        )
     if not 0 < len(args.interface) <= 15 or not all(
         c.isalnum() or c in "_.@:-" for c in args.interface
     ):
@@ -123,6 +145,11 @@ def _options(args: argparse.Namespace) -> RouteOptions:
         subnets=_prefixes("--subnet", args.subnets),
         cluster_cidrs=_prefixes("--cluster-cidr", args.cluster_cidrs),
         service_cidrs=_prefixes("--service-cidr", args.service_cidrs),
+        vip_cidrs=_prefixes("--vip-cidr", args.vip_cidrs),
+        hold_s=args.hold_time,
+        keepalive_s=args.keepalive_time,
+        graceful_restart=args.graceful_restart,
+        listen_port=args.bgp_port,
         overlay=OverlayMode(args.overlay),
         encapsulation=Encapsulation(args.encapsulation),
         mesh=args.mesh,

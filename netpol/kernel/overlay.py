@@ -7,13 +7,15 @@ nothing else; who is a remote is the caller's. rtnetlink through pyroute2, in th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyroute2 import IPRoute, NetlinkError
@@ -28,6 +30,8 @@ _NUD_PERMANENT = 0x80
 _NODAD = 0x02
 #: linux/ip6_tunnel.h: IP6_TNL_F_IGN_ENCAP_LIMIT
 _IGN_ENCAP_LIMIT = 0x01
+#: Addresses of IPv6 with their links, in hexadecimal; of the calling thread's namespace.
+_IF_INET6 = Path("/proc/thread-self/net/if_inet6")
 #: How long BIRD may take to lead its routes elsewhere after it said that it is reconfigured.
 _UNUSED_S = 2.0
 _POLL_S = 0.05
@@ -48,7 +52,7 @@ class Vxlan(NamedTuple):
 
 
 class Ipip(NamedTuple):
-    """A tunnel: of many ends (no remote, IPv4 alone), or to one (IPv6 in IPv6)."""
+    """A tunnel: to one end; or of many, without a remote, that of IPv6 only to take packets from."""
 
     name: str
     local: bytes
@@ -100,6 +104,8 @@ def apply_overlay(
         return _Overlay(route, prefixes).apply(want, prune=prune)
     except NetlinkError as e:
         raise KernelError("overlay", got=f"{e.args[1] if len(e.args) > 1 else e}") from e
+    except OSError as e:
+        raise KernelError("overlay", got=e.strerror or str(e)) from e
 
 
 class _Overlay:
@@ -147,7 +153,7 @@ class _Overlay:
 
     # -- vxlan ------------------------------------------------------------------------------
 
-    def _vxlan(self, want: Vxlan, have: Any | None, remotes: Iterable[Remote]) -> int:
+    def _vxlan(self, want: Vxlan, have: Any | None, remotes: Collection[Remote]) -> int:
         if have is not None and not _is_vxlan(have, want):
             self._delete(have)
             have = None
@@ -164,9 +170,13 @@ class _Overlay:
                 mtu=want.mtu,
                 **local,
             )
-            if any(family_of(n) is Family.V6 for r in remotes for n in r.next_hops):
-                self._link_local(int(have["index"]), want.mac)
         index = int(have["index"])
+        # A link that goes down loses it.
+        if any(family_of(n) is Family.V6 for r in remotes for n in r.next_hops):
+            self._link_local(index, want.mac)
+        elif not remotes:  # it only takes packets so far, and shall be able to send at once
+            with contextlib.suppress(NetlinkError, OSError):  # a node without IPv6
+                self._link_local(index, want.mac)
         if have.get("IFLA_MTU") != want.mtu:
             self._route.link("set", index=index, mtu=want.mtu)
             self._done.append(f"{want.name}: mtu {want.mtu}")
@@ -180,8 +190,13 @@ class _Overlay:
         Until that is over BIRD does not know the address, and has no way to the next hops beyond the link.
         """
         eui64 = bytes((mac[0] ^ 2, *mac[1:3], 0xFF, 0xFE, *mac[3:]))
-        address = format_address(bytes((0xFE, 0x80)) + bytes(6) + eui64)
+        packed = bytes((0xFE, 0x80)) + bytes(6) + eui64
+        there = (line.split() for line in _IF_INET6.read_text(encoding="ascii").splitlines())
+        if any(words[0] == packed.hex() and int(words[1], 16) == index for words in there):
+            return
+        address = format_address(packed)
         self._route.addr("add", index=index, address=address, prefixlen=64, flags=_NODAD)
+        self._done.append(f"address {address}")
 
     def _remotes(self, index: int, remotes: Iterable[Remote], *, prune: bool) -> None:
         forwarding = {(_mac(r.mac), format_address(r.underlay)) for r in remotes}
@@ -265,7 +280,7 @@ def _tunnel_attributes(want: Ipip) -> dict[str, Any]:
     return {
         "kind": "ip6tnl",
         "ip6tnl_local": local,
-        "ip6tnl_remote": format_address(want.remote),
+        "ip6tnl_remote": format_address(want.remote or bytes(16)),
         "ip6tnl_proto": 41,
         # Without the extra header the MTU is what it seems.
         "ip6tnl_flags": _IGN_ENCAP_LIMIT,
@@ -308,7 +323,7 @@ def _is_tunnel(link: Any, want: Ipip) -> bool:
     ends = (data.get("IFLA_IP6TNL_LOCAL"), data.get("IFLA_IP6TNL_REMOTE"))
     return (
         _kind(link) == "ip6tnl"
-        and _packed(ends) == (want.local, want.remote)
+        and _packed((ends[0], ends[1] or "::")) == (want.local, want.remote or bytes(16))
         and bool((data.get("IFLA_IP6TNL_FLAGS") or 0) & _IGN_ENCAP_LIMIT)
     )
 

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Collection
+import struct
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from pyroute2 import IPRoute, NetlinkError
 
+from netpol.kernel.netlink import (
+    HEADER_SIZE,
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    attributes,
+    error_code,
+    messages,
+)
 from netpol.lib.errors import KernelError
 from netpol.model.net import Prefix, masked
 
@@ -20,6 +31,13 @@ from netpol.model.net import Prefix, masked
 _RTPROT_BIRD = 12
 _RT_TABLE_MAIN = 254
 _RTN_UNICAST = 1
+#: linux/rtnetlink.h, linux/if_addr.h: struct ifaddrmsg and what of it is read.
+_NEWADDR, _GETADDR = 20, 22
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_HEADER = struct.Struct("=IHHII")
+_IFADDR = struct.Struct("=BBBBI")
+_RECEIVE_BYTES = 1 << 17
+_TIMEOUT_S = 10.0
 
 
 class KernelRoute(NamedTuple):
@@ -39,12 +57,16 @@ class Underlay(NamedTuple):
         mtu: bytes that it takes.
         subnets: what it is connected to, of both families; link-local is no subnet.
         connected: what other links are connected to: loopback and single addresses are no network.
+        addresses: the link's own.
+        number: index of the link.
     """
 
     name: str
     mtu: int
     subnets: tuple[Prefix, ...]
     connected: tuple[Prefix, ...] = ()
+    addresses: tuple[bytes, ...] = ()
+    number: int = 0
 
 
 def bird_routes() -> tuple[KernelRoute, ...]:
@@ -106,17 +128,13 @@ def underlay(addresses: Collection[bytes]) -> Underlay | None:
         KernelError: the kernel does not answer.
     """
     try:
+        found = list(_addresses())
+        index = next((i for i, a, _ in found if a in addresses), None)
+        if index is None:
+            return None
         with IPRoute() as route:
-            found = [
-                (m["index"], ipaddress.ip_address(text).packed, m["prefixlen"])
-                for m in route.get_addr()
-                if (text := m.get("IFA_LOCAL") or m.get("IFA_ADDRESS"))
-            ]
-            index = next((i for i, a, _ in found if a in addresses), None)
-            if index is None:
-                return None
             (link,) = route.get_links(index)
-    except NetlinkError as e:
+    except (NetlinkError, OSError) as e:
         raise KernelError("reading addresses", got=str(e)) from e
     networks: dict[bool, set[Prefix]] = {True: set(), False: set()}
     for i, a, length in found:
@@ -129,4 +147,31 @@ def underlay(addresses: Collection[bytes]) -> Underlay | None:
         int(link.get("IFLA_MTU")),
         tuple(sorted(networks[True])),
         tuple(sorted(networks[False])),
+        tuple(sorted(a for i, a, _ in found if i == index)),
+        index,
     )
+
+
+def _addresses() -> Iterator[tuple[int, bytes, int]]:
+    """All addresses: the index of the link, the address, the length of its network.
+
+    By bytes of our own, since thousands of Services may have their addresses on a link of the node.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        sock.settimeout(_TIMEOUT_S)
+        body = _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
+        size = HEADER_SIZE + len(body)
+        sock.send(_HEADER.pack(size, _GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0) + body)
+        while True:
+            for message in messages(sock.recv(_RECEIVE_BYTES)):
+                if message.type == NLMSG_DONE:
+                    return
+                if message.type == NLMSG_ERROR:
+                    raise KernelError("reading addresses", got=str(error_code(message.payload)))
+                if message.type == _NEWADDR:
+                    values = dict(attributes(message.payload[_IFADDR.size :]))
+                    # With a peer, IFA_ADDRESS is the far end and IFA_LOCAL is ours.
+                    address = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS)
+                    if address:
+                        _, length, _, _, index = _IFADDR.unpack_from(message.payload)
+                        yield index, bytes(address), length

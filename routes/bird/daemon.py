@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import pwd
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import structlog
 
-from netpol.lib.errors import KernelMissingError, NoAnswerError
+from netpol.lib.errors import KernelError, KernelMissingError, NoAnswerError
 from routes.bird.control import BirdControl
 from routes.bird.reply import ConfigFault
 
@@ -33,6 +34,8 @@ _TRY_S = 0.02
 _START_TRIES = round(START_S / _TRY_S)
 #: A killed process that is no child of ours is gone when /proc says so.
 _DEATH_TRIES = round(5.0 / _TRY_S)
+#: BIRD 2, and the two programs of BIRD 1.
+_COMMS = ("bird", "bird6")
 _FAULT = re.compile(r"^bird: .*?:(?P<line>\d+):(?P<column>\d+) (?P<what>.*)$", re.MULTILINE)
 
 
@@ -53,9 +56,9 @@ class Folder:
         return self.path / "bird.conf.tmp"
 
     @property
-    def last_good(self) -> Path:
-        """What was in force before the last change."""
-        return self.path / "bird.conf.last-good"
+    def old_log(self) -> Path:
+        """What BIRD logged before it began a new file."""
+        return self.path / "bird.log.1"
 
     @property
     def socket(self) -> Path:
@@ -84,6 +87,21 @@ def command(binary: str, folder: Folder, *, user: str, recover: bool) -> list[st
         *("-c", str(folder.config), "-s", str(folder.socket), "-P", str(folder.pid)),
         *(["-R"] if recover else []),
     ]
+
+
+def check_version(said: str, *, what: str) -> str:
+    """The version in what BIRD says of itself.
+
+    Raises:
+        KernelMissingError: it says none, or one that is too old.
+    """
+    found = _VERSION.search(said)
+    if found is None:
+        raise KernelMissingError(what, needed="BIRD 2", got=said.strip()[:100] or "nothing")
+    if tuple(int(part or 0) for part in found.groups()) < VERSION_MIN:
+        wanted = ".".join(map(str, VERSION_MIN))
+        raise KernelMissingError(what, needed=f"BIRD {wanted} or later", got=found[0])
+    return found[0]
 
 
 def _words_of(pid: int) -> list[bytes]:
@@ -117,23 +135,23 @@ class BirdDaemon:
             raise KernelMissingError(
                 "routes", needed="BIRD 2 (Debian package bird2)", got=f"no {self._binary}"
             )
-        code, said = await self._run(path, "--version")
-        found = _VERSION.search(said)
-        if code or found is None:
-            raise KernelMissingError(f"{path} --version", needed="BIRD 2", got=said.strip()[:100])
-        version = tuple(int(part or 0) for part in found.groups())
-        if version < VERSION_MIN:
-            wanted = ".".join(map(str, VERSION_MIN))
-            raise KernelMissingError("routes", needed=f"BIRD {wanted} or later", got=found[0])
-        return found[0]
+        _, said = await self._run(path, "--version")
+        return check_version(said, what=path)
 
     def prepare(self) -> None:
-        """Make the folder, which the daemon may write to and nobody else may read."""
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder, which the daemon may write to and nobody else may read.
+
+        Raises:
+            KernelError: it cannot be made.
+        """
         group = self._group()
-        os.chown(self.folder.path, 0, group)
-        # setgid: what is made inside belongs to the daemon's group.
-        self.folder.path.chmod(0o2770)
+        try:
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            os.chown(self.folder.path, 0, group)
+            # setgid: what is made inside belongs to the daemon's group.
+            self.folder.path.chmod(0o2770)
+        except OSError as e:
+            raise _unwritable(self.folder.path, e) from e
 
     def _group(self) -> int:
         try:
@@ -142,7 +160,38 @@ class BirdDaemon:
             raise KernelMissingError("routes", needed=f"the user {self._user}", got="none") from e
 
     def write(self, path: Path, text: str) -> None:
-        """Write a file that holds passwords: whole or not at all, for root and the daemon's group."""
+        """Write a file that holds passwords: whole or not at all, for root and the daemon's group.
+
+        Raises:
+            KernelError: it cannot be written.
+        """
+        try:
+            self._write(path, text)
+        except OSError as e:
+            if e.errno != errno.ENOSPC or not self.folder.old_log.exists():
+                raise _unwritable(path, e) from e
+            # A withdrawal must not wait for somebody who looks after a full disk.
+            self.folder.old_log.unlink(missing_ok=True)
+            self._again(path, text)
+
+    def _again(self, path: Path, text: str) -> None:
+        try:
+            self._write(path, text)
+        except OSError as e:
+            raise _unwritable(path, e) from e
+
+    def install(self) -> None:
+        """What was checked is what BIRD reads from now on.
+
+        Raises:
+            KernelError: the folder cannot be written to.
+        """
+        try:
+            self.folder.candidate.rename(self.folder.config)
+        except OSError as e:
+            raise _unwritable(self.folder.config, e) from e
+
+    def _write(self, path: Path, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
@@ -217,6 +266,22 @@ class BirdDaemon:
                 return int(entry.name)
         return None
 
+    def others(self) -> list[int]:
+        """Other BIRDs of this network namespace, as far as their processes are seen from here."""
+        here = Path("/proc/thread-self/ns/net").stat().st_ino
+        mine = os.fsencode(self.folder.socket)
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if not entry.name.isdigit() or (entry / "comm").read_text().strip() not in _COMMS:
+                    continue
+                pid = int(entry.name)
+                if (entry / "ns/net").stat().st_ino == here and mine not in _words_of(pid):
+                    found.append(pid)
+            except OSError:
+                continue  # it ended
+        return sorted(found)
+
     async def kill(self) -> None:
         """End it at once, so that peers keep its routes until the next one speaks (never SIGTERM)."""
         pid = self.running()
@@ -231,11 +296,26 @@ class BirdDaemon:
         raise NoAnswerError("BIRD", needed=f"process {pid} to end", got="still there")
 
     async def _run(self, *command: str) -> tuple[int, str]:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        said, _ = await process.communicate()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+        except OSError as e:
+            raise KernelMissingError(command[0], needed="BIRD 2", got=e.strerror or str(e)) from e
+        try:
+            async with asyncio.timeout(START_S):
+                said, _ = await process.communicate()
+        except TimeoutError as e:
+            process.kill()
+            await process.wait()
+            raise NoAnswerError(
+                " ".join(command[:2]), needed=f"an end within {START_S:g} s", got="none"
+            ) from e
         return process.returncode or 0, said.decode(errors="replace")
+
+
+def _unwritable(path: Path, error: OSError) -> KernelError:
+    return KernelError(str(path), needed="to write it", got=error.strerror or str(error))

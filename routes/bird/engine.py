@@ -1,8 +1,8 @@
 """Keeps BIRD running with the configuration that is wanted, and never with half of one.
 
 A change is checked by BIRD itself before anything is replaced; one that it refuses changes nothing and is
-a fault with its line. A risky change goes back by itself unless it is confirmed: by us, while what worked
-before still works. A BIRD that died is started again so that no peer notices; one that hangs is killed first.
+a fault with its line. A change on trial goes back by itself unless it is confirmed, also when the agent dies
+meanwhile. A BIRD that died is started again so that no peer notices; one that hangs is killed first.
 """
 
 from __future__ import annotations
@@ -15,28 +15,26 @@ import structlog
 
 from netpol.aio.clock import Clock, SystemClock
 from netpol.lib.errors import NetpolError, NoAnswerError
-from netpol.model.net import family_of, format_address
+from netpol.model.net import FAMILIES, family_of, format_address
 from routes.bird import reply
 from routes.bird.control import BirdControl
-from routes.bird.daemon import BirdDaemon
+from routes.bird.daemon import BirdDaemon, check_version
 from routes.bird.reply import ConfigFault, ProtocolState, Reply, RouteView
 
 _log = structlog.get_logger(__name__)
 
 #: An idle BIRD 2.0.12 may sleep three seconds with an UPDATE to send; any request wakes it.
-AWAKE_S, IDLE_S = 0.1, 1.0
+AWAKE_S, IDLE_S = 0.05, 1.0
 #: How often sessions are looked at: what does not converge keeps BIRD awake.
 LOOK_S = 2.0
-#: A risky change that nobody confirms is undone after this.
-RISK_S = 30
 #: A configuration may take this long to come into force (sessions that restart do not count).
 SETTLE_S = 10.0
 #: A BIRD that failed to answer so often in a row is killed.
 HANGS_MAX = 3
 #: Sessions that are down for longer than this are not waited for: an answer a second does.
 AWAKE_MAX_S = 60.0
-#: A risky change that broke what worked is not tried again before this, unless it is another one.
-AGAIN_S = 600.0
+#: How often other BIRDs of the node are looked for: it means reading /proc.
+OTHERS_S = 30.0
 #: Pauses between attempts to start it.
 RESTART_S, RESTART_MAX_S = 0.5, 15.0
 
@@ -52,14 +50,14 @@ class RefusedError(NetpolError):
 
 @dataclass(slots=True)
 class EngineStatus:
-    """What status and metrics show."""
+    """What status and metrics show; `beside` names other BIRDs of the node, with which ours works for now."""
 
     version: str = ""
     running: bool = False
     starts: int = 0
     applies: int = 0
-    reverts: int = 0
     error: str = ""
+    beside: str = ""
     sessions: int = 0
     established: int = 0
 
@@ -79,12 +77,15 @@ class BirdEngine:
         self._folder = daemon.folder
         self._clock = clock or SystemClock()
         self.control = BirdControl(daemon.folder.socket)
+        #: For what people ask, whose answers may be long: nothing that is to be told waits for them.
+        self._reading = BirdControl(daemon.folder.socket)
         self.status = EngineStatus()
         self._applied: str | None = None
         #: Whether BIRD has said that `_applied` is in force. It has not where an agent died, or an answer
         #: did not come, between the file and BIRD.
         self._sure = False
-        self._reverted: tuple[str, float] | None = None
+        self._prepared = False
+        self._others_at_s: float | None = None
         self._awake = True
         self._moved_s = 0.0
         self._hangs = 0
@@ -97,13 +98,16 @@ class BirdEngine:
 
         Raises:
             KernelMissingError: no BIRD, or one that is too old.
+            KernelError: its folder cannot be made.
         """
         self.status.version = await self._daemon.check()
         self._daemon.prepare()
         if await self._daemon.answers(self.control):
+            check_version(self.control.version, what="the BIRD that runs")
             self._applied = self._read_applied()
             self.status.running = True
             _log.info("found BIRD running", version=self.control.version)
+        self._prepared = True
 
     def _read_applied(self) -> str | None:
         try:
@@ -111,26 +115,25 @@ class BirdEngine:
         except OSError:
             return None
 
-    async def apply(
-        self, text: str, *, healthy: Callable[[], Awaitable[bool]] | None = None
-    ) -> bool:
+    async def apply(self, text: str, *, undo_s: int = 0) -> bool:
         """Bring a configuration into force; returns whether anything changed.
+
+        One that waits to be confirmed is superseded: nothing is undone by BIRD then.
 
         Args:
             text: all of it.
-            healthy: given for a risky change: whether it may stay, asked until it says yes or RISK_S is
-                nearly over. Nobody's yes means that BIRD goes back to what was before.
+            undo_s: BIRD goes back to what was before after so many seconds, unless it is confirmed.
 
         Raises:
             RefusedError: BIRD does not take it; the former one is in force.
             NoAnswerError: BIRD cannot be started or asked.
+            KernelError: there is no BIRD that can be used, or its files cannot be written.
         """
         async with self._lock:
+            if not self._prepared:
+                await self.prepare()
             if text == self._applied and self._sure and self.status.running:
                 return False
-            risky = healthy is not None and self._applied is not None
-            if risky:
-                self._not_again(text)
             self._stay_awake()
             self._daemon.write(self._folder.candidate, text)
             if not await self._daemon.answers(self.control):
@@ -140,35 +143,32 @@ class BirdEngine:
             self._hangs = 0
             await self._check(text)
             before = self._applied
-            if before is not None:
-                self._daemon.write(self._folder.last_good, before)
             self._sure = False
-            self._folder.candidate.rename(self._folder.config)
-            answer = await self.control.ask(f"configure timeout {RISK_S}" if risky else "configure")
+            self._daemon.install()
+            answer = await self.control.ask(
+                f"configure timeout {undo_s}" if undo_s and before is not None else "configure"
+            )
             if answer.failed:
                 self._go_back(before)
                 raise RefusedError(reply.config_fault(answer))
-            await self._settle()
-            if risky and healthy is not None and not await self._confirmed(healthy):
-                self._go_back(before)
-                self.status.reverts += 1
-                self._reverted = (text, self._clock.monotonic() + AGAIN_S)
-                raise _undone()
-            self._applied, self._sure, self._reverted = text, True, None
+            self._applied, self._sure = text, True
             self.status.applies += 1
             return text != before
 
-    def _not_again(self, text: str) -> None:
-        """Trying what broke sessions would break them anew each time: it waits for another change.
+    async def confirm(self) -> None:
+        """Have what is on trial stay."""
+        async with self._lock:
+            await self.control.ask("configure confirm")
 
-        Raises:
-            NoAnswerError: this one was undone not long ago.
-        """
-        if self._reverted is None:
-            return
-        undone, until_s = self._reverted
-        if text == undone and self._clock.monotonic() < until_s:
-            raise _undone()
+    def doubt(self) -> None:
+        """BIRD may have gone back to what was before: the next `apply` makes sure."""
+        self._sure = False
+
+    async def rescan(self) -> None:
+        """Have BIRD compare its routes with the kernel's at once, and put back what is missing."""
+        async with self._lock:
+            for family in FAMILIES:
+                await self.control.ask(f"reload in k_kernel{family.value}")
 
     async def _not_hanging(self) -> None:
         """No BIRD can be started beside one that hangs: kill it, after giving it some time.
@@ -190,7 +190,7 @@ class BirdEngine:
         if fault is not None:
             raise RefusedError(fault, _line_of(text, fault.line))
         self._sure = False
-        self._folder.candidate.rename(self._folder.config)
+        self._daemon.install()
         await self._start()
         self._applied, self._sure = text, True
         self.status.applies += 1
@@ -201,7 +201,7 @@ class BirdEngine:
             fault = reply.config_fault(answer)
             raise RefusedError(fault, _line_of(text, fault.line))
 
-    async def _settle(self) -> None:
+    async def settle(self) -> None:
         """Wait until BIRD has gone over to a new configuration: protocols may take time to end."""
         for _ in range(round(SETTLE_S / AWAKE_S)):
             answer = await self.control.ask("show status")
@@ -209,21 +209,11 @@ class BirdEngine:
                 return
             await self._clock.sleep(AWAKE_S)
 
-    async def _confirmed(self, healthy: Callable[[], Awaitable[bool]]) -> bool:
-        """Confirm a change while it is healthy; undo it otherwise."""
-        for _ in range(round((RISK_S - 5) / 0.5)):
-            if await healthy():
-                return not (await self.control.ask("configure confirm")).failed
-            await self._clock.sleep(0.5)
-        await self.control.ask("configure undo")
-        await self._settle()
-        return False
-
     def _go_back(self, before: str | None) -> None:
         """The file must be what is in force, since the next start reads it."""
         if before is not None:
             self._daemon.write(self._folder.candidate, before)
-            self._folder.candidate.rename(self._folder.config)
+            self._daemon.install()
 
     # -- the process ------------------------------------------------------------------------
 
@@ -284,16 +274,22 @@ class BirdEngine:
 
     async def protocols(self) -> dict[str, ProtocolState]:
         """All protocols, as they are now."""
-        answer: Reply = await self.control.ask("show protocols all")
+        answer: Reply = await self._reading.ask("show protocols all")
         return reply.protocols(answer)
 
+    async def sessions(self) -> dict[str, bool]:
+        """All BGP sessions, and whether each is up."""
+        states = reply.protocols(await self._reading.ask("show protocols"))
+        return {n: p.established for n, p in states.items() if p.kind == "BGP"}
+
     async def routes(self, address: bytes | None = None) -> tuple[RouteView, ...]:
-        """All routes of the tables that the kernel gets; or those for one address."""
+        """All routes of the tables that the kernel gets; or those of BGP that hold one address."""
         command = "show route"
         if address is not None:
             family = family_of(address).value
-            command = f"show route table master{family} for {format_address(address)}"
-        return reply.routes(await self.control.ask(command))
+            told = f"source = RTS_BGP && {format_address(address)} ~ net"
+            command = f"show route table master{family} where {told}"
+        return reply.routes(await self._reading.ask(command))
 
     async def _look(self) -> str:
         """Count sessions; what is wrong with all of them, or ""."""
@@ -309,18 +305,22 @@ class BirdEngine:
             # BIRD never tries again by itself, even when the port is free.
             await self.control.ask("configure")
             return "the port of BGP is taken by another program: no sessions"
+        if self._others_at_s is None or now_s - self._others_at_s >= OTHERS_S:
+            self._others_at_s = now_s
+            pids = await asyncio.to_thread(self._daemon.others)
+            self.status.beside = _other_birds(pids) if pids else ""
         return ""
 
     async def close(self) -> None:
         """Let go of it; it runs on."""
         await self.control.close()
+        await self._reading.close()
 
 
-def _undone() -> NoAnswerError:
-    return NoAnswerError(
-        "a change of routes",
-        needed="sessions and routes that worked before to go on",
-        got="they did not: it was undone",
+def _other_birds(pids: list[int]) -> str:
+    which = ", ".join(map(str, pids))
+    return (
+        f"another BIRD runs in this network (process {which}): each takes the other's routes away"
     )
 
 

@@ -168,7 +168,8 @@ def _filters(plan: RoutePlan) -> Iterator[str]:
         n = family.value
         yield f"filter to_kernel{n} {{"
         yield "  if source != RTS_BGP then reject;"
-        own = _of((*plan.own_pods, *plan.vips), family)
+        own = _of((*plan.own_pods, *plan.guarded, *plan.vips), family)
+        own = sorted(set(own))
         if own:
             yield f"  if net ~ {_set(own, '+')} then reject;"
         yield "  accept;"
@@ -222,15 +223,29 @@ def _mesh(plan: RoutePlan) -> Iterator[str]:
     yield "template bgp t_mesh {"
     yield f"  multihop; bfd off; hold time {options.hold_s};{_keepalive(options.keepalive_s)}"
     yield f"  {_graceful(plan, enabled=options.graceful_restart)}"
-    yield "  connect delay time 1; connect retry time 5; error wait time 2,30;"
+    # The nodes that are there knock again and again, so that one that comes need not knock first.
+    yield "  connect delay time 1; connect retry time 2; error wait time 2,30;"
     for family in FAMILIES:
+        # A reflector passes on who is to be sent to, also into another AS.
         yield from _channel(
-            plan, family, imports="none", exports=f"filter mesh_out{family.value}", igp=table
+            plan,
+            family,
+            imports="none",
+            exports=f"filter mesh_out{family.value}",
+            igp=table,
+            more="next hop keep;",
         )
     yield "}"
-    local = {f: _local(plan, f) for f in plan.addresses}
+    local = {f: format_address(a) for f, a in plan.addresses.items()}
+    six = plan.addresses.get(Family.V6)
     shared = _Shared(
-        plan.asn, options.listen_port, plan.cluster_id, plan.bound, tuple(plan.addresses)
+        plan.asn,
+        options.listen_port,
+        plan.cluster_id,
+        plan.bound,
+        tuple(plan.addresses),
+        table,
+        format_address(six) if six is not None else "",
     )
     for peer in plan.peers:
         yield _node(peer, local[family_of(peer.address)], shared)
@@ -244,6 +259,8 @@ class _Shared(NamedTuple):
     cluster_id: bytes | None
     bound: bool
     families: tuple[Family, ...]
+    igp: str
+    six: str
 
 
 # Of a thousand sessions one changes at a time.
@@ -263,16 +280,30 @@ def _node(peer: NodePeer, local: str, shared: _Shared) -> str:
         out.append("  strict bind yes;")
     for family in FAMILIES:
         accept = _of(peer.accept, family)
-        if accept and family in shared.families:
-            out.append(f"  ipv{family.value} {{ import where net ~ {_set(accept)}; }};")
+        imports = f"import where net ~ {_set(accept)};" if accept else "import none;"
+        if family is Family.V4 and peer.six:
+            out += _four_by_six(imports, shared)
+        elif accept and family in shared.families:
+            out.append(f"  ipv{family.value} {{ {imports} }};")
     return "\n".join([*out, "}"])
 
 
+def _four_by_six(imports: str, shared: _Shared) -> Iterator[str]:
+    """IPv4 with next hops of IPv6 (RFC 8950): the kernel sends to those by IPv6's neighbours."""
+    yield "  ipv4 {"
+    yield f"    igp table {shared.igp}4; igp table {shared.igp}6; gateway recursive;"
+    yield f"    extended next hop yes; next hop address {shared.six}; next hop keep;"
+    yield f"    {imports}"
+    yield "    export filter mesh_out4;"
+    yield "  };"
+
+
 def _local(plan: RoutePlan, family: Family) -> str:
-    for address in plan.local_addresses:
-        if family_of(address) is family:
-            return format_address(address)
-    return format_address(plan.addresses[family])
+    own = plan.addresses.get(family)
+    bound = [a for a in plan.local_addresses if family_of(a) is family]
+    if own is not None and (own in bound or not bound):
+        return format_address(own)
+    return format_address(bound[0])
 
 
 def _channel(

@@ -107,6 +107,7 @@ options = st.builds(
     asn=asns,
     cluster_cidrs=some(blocks()),
     service_cidrs=some(blocks()),
+    vip_cidrs=some(blocks()),
     subnets=some(blocks()),
     overlay=st.sampled_from(OverlayMode),
     encapsulation=st.sampled_from(Encapsulation),

@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytest
 
 from netpol.kernel.netns import in_netns
-from netpol.lib.errors import KernelMissingError, NoAnswerError
+from netpol.lib.errors import KernelError, KernelMissingError, NoAnswerError
 from routes.bird.daemon import BirdDaemon, Folder
 from routes.bird.engine import BirdEngine, RefusedError
 from routes.bird.render import render
@@ -205,28 +205,37 @@ def test_a_bird_that_dies_is_started_again_without_a_lost_packet(net: BirdNet) -
     assert one.routes() == set(two.pods)
 
 
-def test_a_risky_change_that_breaks_what_worked_is_undone(net: BirdNet, monkeypatch) -> None:
+def test_what_nobody_confirms_is_undone_by_bird_and_told_again_by_the_next(net: BirdNet) -> None:
+    """The agent may be what a change cut off, or may be killed while it waits."""
     one, two = net.hosts.values()
     inside(two, lambda e: start(e, config(net, "n2")))
     good = config(net, "n1")
     inside(one, lambda e: start(e, good))
     assert routes_come_by_engines(one, two)
-    monkeypatch.setattr("routes.bird.engine.RISK_S", 6)
     wrong = good.replace(" as 64512;\n  neighbor", " as 64999;\n  neighbor")
     assert wrong != good
 
-    async def work(engine: BirdEngine) -> str:
-        async def healthy() -> bool:
-            states = (await engine.protocols()).values()
-            return any(p.established for p in states)
+    async def work(engine: BirdEngine) -> None:
+        assert await engine.apply(wrong, undo_s=2)
 
-        with pytest.raises(NoAnswerError, match="undone"):
-            await engine.apply(wrong, healthy=healthy)
-        assert engine.status.reverts == 1
-        return engine._folder.config.read_text()
+    inside(one, work)
+    assert not sessions_up(one)
+    assert net.wait(lambda: one.routes() == set(two.pods) and sessions_up(one) == 1)
 
-    assert inside(one, work) == good
-    assert routes_come_by_engines(one, two)
+    async def confirmed(engine: BirdEngine) -> None:
+        assert await engine.apply(without_n2(net), undo_s=2)
+        await engine.confirm()
+        await asyncio.sleep(3)
+        assert await engine.sessions() == {}
+
+    inside(one, confirmed)
+
+
+def sessions_up(host: Host) -> int:
+    async def work(engine: BirdEngine) -> int:
+        return sum((await engine.sessions()).values())
+
+    return inside(host, work)
 
 
 def test_a_port_that_is_taken_is_told_and_taken_when_free(net: BirdNet) -> None:
@@ -253,6 +262,65 @@ def test_a_port_that_is_taken_is_told_and_taken_when_free(net: BirdNet) -> None:
         await asyncio.gather(running, return_exceptions=True)
 
     inside(one, work)
+
+
+def test_another_bird_beside_ours_is_told(net: BirdNet) -> None:
+    one = net.hosts["n1"]
+    (one.folder / "theirs").mkdir()
+    net.run_bird("theirs", one.netns, _their_config(one))
+
+    async def work(engine: BirdEngine) -> None:
+        await engine.apply(without_n2(net))
+        running = asyncio.create_task(engine.run())
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            if engine.status.beside:
+                break
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert "another BIRD runs in this network (process" in engine.status.beside
+        assert not engine.status.error
+
+    inside(one, work)
+
+
+def _their_config(host: Host) -> Path:
+    path = host.folder / "theirs/bird.conf"
+    path.write_text("router id 10.9.9.9;\nprotocol device {}\n")
+    return path
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_mended_by_itself(net: BirdNet) -> None:
+    one = net.hosts["n1"]
+    where = folder(one)
+
+    async def work(engine: BirdEngine) -> None:
+        await engine.apply(without_n2(net))
+        mount = "mount", "-t", "tmpfs", "-o", "size=16k,mode=2770", "tmpfs", str(where.path)
+        await asyncio.to_thread(subprocess.run, mount, check=True)
+        try:
+            (where.path / "filler").write_bytes(bytes(16384))
+            with pytest.raises(KernelError, match=r"bird\.conf\.tmp.*No space left"):
+                await engine.apply(config(net, "n1"))
+        finally:
+            await asyncio.to_thread(subprocess.run, ["umount", str(where.path)], check=True)
+        assert await engine.apply(config(net, "n1"))
+
+    inside(one, work)
+    assert len(sessions_of(one)) == 1
+
+
+def test_a_full_disk_gives_up_the_old_log_first(tmp_path: Path) -> None:
+    mount = "mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)
+    subprocess.run(mount, check=True)
+    try:
+        daemon = BirdDaemon(Folder(tmp_path))
+        daemon.folder.old_log.write_bytes(bytes(16384))
+        daemon.write(daemon.folder.candidate, "router id 10.0.0.1;\n")
+        assert daemon.folder.candidate.read_text() == "router id 10.0.0.1;\n"
+        assert not daemon.folder.old_log.exists()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 async def test_no_bird_and_an_old_bird_are_named(tmp_path: Path) -> None:
@@ -415,34 +483,3 @@ def test_a_bird_whose_files_are_gone_is_not_joined_by_a_second(net: BirdNet) -> 
     inside(one, work)
     assert Path(f"/proc/{before}/cmdline").read_bytes() == b""  # nobody has looked after it yet
     assert pid_of(one) != before
-
-
-def test_a_change_that_was_undone_is_not_tried_again_and_again(
-    net: BirdNet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = net.hosts["n1"]
-    good = without_n2(net)
-    inside(one, lambda e: start(e, good))
-    monkeypatch.setattr("routes.bird.engine.RISK_S", 6)
-
-    async def work(engine: BirdEngine) -> None:
-        asked = 0
-
-        async def never() -> bool:
-            nonlocal asked
-            asked += 1
-            return False
-
-        await engine.apply(good)
-        with pytest.raises(NoAnswerError, match="undone"):
-            await engine.apply(config(net, "n1"), healthy=never)
-        assert asked
-        asked = 0
-        with pytest.raises(NoAnswerError, match="undone"):
-            await engine.apply(config(net, "n1"), healthy=never)
-        assert not asked
-        assert engine.status.reverts == 1
-        assert not await engine.apply(good)
-
-    inside(one, work)
-    assert sessions_of(one) == []

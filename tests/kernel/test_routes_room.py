@@ -21,7 +21,8 @@ from netpol.model.objects import EndpointSlice, Service, SliceEndpoint
 from routes.bird.daemon import BirdDaemon, Folder
 from routes.bird.engine import BirdEngine
 from routes.options import OverlayMode, RouteOptions
-from routes.sync import Facts, RoutesRoom
+from routes.state import Facts
+from routes.sync import RoutesRoom
 from tests.kernel.birdnet import BirdNet, Host, bird_net
 
 pytestmark = pytest.mark.kernel
@@ -202,12 +203,24 @@ def test_what_people_are_told(three: Cluster) -> None:
         "where": "via 10.0.1.2 on eth0",
         "prefix": two.pods[0],
         "peer": "n2",
+        "by": "bird",
+        "learnt": two.pods[0],
     }
     assert ask(agent, one.pod_addresses[0])["where"] == "this node's own pods"
     assert "kernel's own" in ask(agent, "198.51.100.1")["where"]
-    # Somebody takes a route away: it is told until BIRD puts it back.
+    # Somebody's more specific route goes before BIRD's, and the kernel says so.
+    part = two.pods[0].replace("/24", "/28")
+    one.run("ip", "route", "add", part, "via", "10.0.1.3", "proto", "static")
+    other = ask(agent, two.pod_addresses[0])
+    assert (other["prefix"], other["by"], other["learnt"]) == (part, "static", two.pods[0])
+    assert other["where"].startswith("via 10.0.1.3 on eth0: ")
+    one.run("ip", "route", "replace", "unreachable", part)
+    assert ask(agent, two.pod_addresses[0])["where"].startswith("nowhere: one of the kernel's own")
+    one.run("ip", "route", "del", part)
+    # Somebody takes a route away: BIRD puts it back.
     one.run("ip", "route", "del", two.pods[0], "proto", "bird")
-    assert ask(agent)["routes"][0]["kernel"] == "missing"
+    assert three.net.wait(lambda: two.pods[0] in one.routes(), within_s=2)
+    assert ask(agent)["routes"][0]["kernel"] == "agrees"
 
 
 def test_the_agent_dies_and_forwarding_goes_on(three: Cluster) -> None:
@@ -313,7 +326,7 @@ def test_an_address_of_a_service_is_announced_while_an_endpoint_is_ready(
     assert three.net.wait(lambda: "(65535,0)" in communities()), communities()
     assert heard() == {"10.1.1.0/24", "203.0.113.7"}
     three.agents.pop("n1").stop()
-    monkeypatch.setattr("routes.sync.DRAIN_S", 0.5)
+    monkeypatch.setattr("routes.drain.DRAIN_S", 0.5)
     three.run("n1")
     assert three.net.wait(lambda: heard() == {"10.1.1.0/24"}), heard()
     drain(on=False)

@@ -73,6 +73,20 @@ def test_a_change_of_encapsulation_loses_no_packet(guest: Guest, to: str) -> Non
     assert not any(word.startswith("removed link") for word in done[:routes])
 
 
+def test_nodes_that_change_one_by_one_reach_each_other_where_both_ways_are_taken(
+    guest: Guest,
+) -> None:
+    first, reached_first, second, reached_second, last, receiver_stays = guest["one by one"]
+    for routed, there, back in (first, second):
+        assert routed
+        assert there[0] == "knp-ipip0"
+        assert there[1].startswith("knp-t6-")
+        assert back == ["knp-vxlan0"] * 2
+    assert reached_first == reached_second == [True] * 4
+    assert last == [True] * 3
+    assert not receiver_stays
+
+
 def test_no_session_ends_and_the_old_links_go(guest: Guest) -> None:
     before, after = guest["sessions"]
     assert [len(s) for s in before.values()] == [2, 2, 2]

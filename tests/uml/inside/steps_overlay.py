@@ -83,6 +83,7 @@ def run(say: Say) -> None:
         say("pings to vxlan", counts)
         say("vxlan always", [cluster.routed(), one.pings(two), three.pings(one)])
         say("vxlan hops", [_hop(one, other) for other in (two, three)])
+        say("one by one", cluster.one_by_one())
         say("sessions", [since, cluster.sessions()])
         say("fallback", [fallback, _fallback(one)])
 
@@ -93,6 +94,8 @@ class _Cluster:
     def __init__(self, net: BirdNet) -> None:
         self.net = net
         self._encapsulation, self._mode = VXLAN, CROSS
+        self._accept: tuple[Encapsulation, ...] = ()
+        self._changed: dict[str, Encapsulation] = {}
 
     def turn(self, encapsulation: Encapsulation, mode: OverlayMode) -> list[str]:
         """Go to an overlay, all nodes at once; what the first one changed."""
@@ -104,6 +107,27 @@ class _Cluster:
             [self.links(host, prune=True) for host in hosts],
         ]
         return [word for step in steps for word in step[0]]
+
+    def one_by_one(self) -> list[Any]:
+        """One node after the other goes from VXLAN to IPIP, while all take both; who is reached meanwhile."""
+        one, two, three = self.net.hosts.values()
+        found: list[Any] = []
+        self._accept = (VXLAN, IPIP)
+        self.turn(VXLAN, ALWAYS)
+        for host in (one, two):
+            self._changed[host.name] = IPIP
+            self.turn(VXLAN, ALWAYS)
+            found.append([self.routed(), _hop(one, three), _hop(three, one)])
+            found.append([one.pings(two), one.pings(three), two.pings(three), three.pings(one)])
+        self._changed = {}
+        self.turn(IPIP, ALWAYS)
+        self._accept = ()
+        self.turn(IPIP, ALWAYS)
+        found.append([self.routed(), one.pings(three), three.pings(two)])
+        found.append("knp-t6-in" in one.run("ip", "link"))
+        self.turn(VXLAN, ALWAYS)
+        self.routed()
+        return found
 
     def _bird(self, host: Host) -> list[str]:
         text = render(plan(self._nodes(), host.name, self._options(host)))
@@ -133,7 +157,8 @@ class _Cluster:
             run_dir=str(host.folder),
             subnets=SUBNETS,
             overlay=self._mode,
-            encapsulation=self._encapsulation,
+            encapsulation=self._changed.get(host.name, self._encapsulation),
+            accept=self._accept,
         )
 
     def routed(self) -> bool:

@@ -97,9 +97,14 @@ def test_where_an_address_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "where": "via 10.0.1.2 on eth0",
         "prefix": "10.1.2.0/24",
         "peer": "n2",
+        "by": "bird",
+        "learnt": "10.1.2.0/24",
     }
     _, out = run(tmp_path, capsys, answer, "routes", "10.1.2.7")
     assert out == "10.1.2.7: via 10.0.1.2 on eth0 (10.1.2.0/24 of n2)\n"
+    other = {**answer, "prefix": "10.1.2.0/28", "peer": None, "by": "static"}
+    _, out = run(tmp_path, capsys, other, "routes", "10.1.2.7")
+    assert out.endswith("(10.1.2.0/28); not by 10.1.2.0/24, which BGP has told\n")
 
 
 def test_an_address_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,13 +137,17 @@ def test_without_an_agent(words: list[str], capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ({"node": "n1", "where": "via x", "prefix": "10.1.2.0/24"}, ""),
+        ({"node": "n1", "where": "via x", "by": "bird", "learnt": "10.1.2.0/24"}, ""),
         (
-            {"node": "n1", "where": "no route of ours", "prefix": None},
+            {"node": "n1", "where": "via x", "by": "static", "learnt": "10.1.2.0/24"},
+            "another way than BGP says",
+        ),
+        (
+            {"node": "n1", "where": "via x", "by": "boot", "learnt": None},
             "has learnt no route to 10.1.2.5",
         ),
         (
-            {"node": "n1", "where": "nowhere: refused", "prefix": "10.1.2.0/24"},
+            {"node": "n1", "where": "nowhere: refused", "by": "bird", "learnt": "10.1.2.0/24"},
             "leads nowhere: refused",
         ),
         ({"node": "n9", "where": "no route", "prefix": None}, ""),
@@ -156,3 +165,85 @@ def test_explain_mentions_a_missing_route(tmp_path: Path, answer: Any, said: str
     assert len(notes) == bool(said)
     assert said in "".join(notes)
     assert route_notes("/nonexistent/agent.sock", found) == ()
+
+
+# -- routes render -----------------------------------------------------------------------------------
+
+NODES = """
+apiVersion: v1
+kind: Node
+metadata:
+  name: n1
+  annotations:
+    kube-router.io/peers: "[{remoteip: 10.0.1.254, remoteasn: 64600, password: c2VjcmV0LXB3}]"
+spec: {podCIDRs: [10.1.1.0/24]}
+status: {addresses: [{type: InternalIP, address: 10.0.1.1}]}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: n2, annotations: {netpol.io/node.asn: "23456"}}
+spec: {podCIDRs: [10.1.2.0/24]}
+status: {addresses: [{type: InternalIP, address: 10.0.1.2}]}
+"""
+
+
+def rendered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[object, str, str]:
+    path = tmp_path / "nodes.yaml"
+    path.write_text(NODES)
+    code: object
+    try:
+        code = main(["routes", "render", "-f", str(path), "--node", "n1", *words])
+    except SystemExit as e:  # how arguments are refused
+        code = e.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_what_is_not_followed_is_told_with_file_and_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = rendered(tmp_path, capsys)
+    assert code == 0
+    assert out.count("secret-pw") == 1
+    where = f"{tmp_path}/nodes.yaml: document 2"
+    assert err.splitlines() == [
+        f"{where}: node n2: netpol.io/node.asn: needed an AS, and 23456 is none",
+        "1 password in the configuration: keep it as a secret",
+    ]
+    code, out, err = rendered(tmp_path, capsys, "--strict")
+    assert (code, out) == (2, "")
+    assert "secret-pw" not in err
+
+
+def test_the_settings_of_sessions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = rendered(
+        tmp_path,
+        capsys,
+        *("--hold-time", "9", "--keepalive-time", "3", "--bgp-port", "1179"),
+        *("--no-graceful-restart", "--vip-cidr", "203.0.113.0/24"),
+    )
+    assert code == 0
+    assert "hold time 9; keepalive time 3;" in out
+    assert "neighbor 10.0.1.2 port 1179 as 64512;" in out
+    assert "203.0.113.0/24+" in out
+    assert "graceful restart aware;" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--hold-time", "2"), "needed a number of 3..65535"),
+        (("--hold-time", "9", "--keepalive-time", "10"), "needed at most --hold-time"),
+        (("--bgp-port", "0"), "needed a number of 1..65535"),
+        (("--asn", "65535"), "needed an AS"),
+        (("--vip-cidr", "x"), "needed a CIDR"),
+    ],
+)
+def test_settings_that_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+) -> None:
+    code, out, err = rendered(tmp_path, capsys, *words)
+    assert (code, out) == (2, "")
+    assert said in err

@@ -8,8 +8,9 @@ import pytest
 
 from netpol.model.net import parse_address, parse_prefix
 from netpol.model.objects import Node
-from routes.annotations import NodeBgp, community, password, peer_of, read, read_yaml
+from routes.annotations import NodeBgp, password, peer_of, read, read_yaml
 from routes.options import Community
+from routes.scalars import community
 
 KEY = "hunter2 is long"
 ENCODED = base64.b64encode(KEY.encode()).decode()
@@ -232,3 +233,43 @@ def test_what_bird_would_refuse_is_refused_here(more: str) -> None:
     bgp, problems = of(peers=f"[{{asn: 65001, {more}}}]")
     assert bgp.peers == ()
     assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4200000000", 4200000000), ("1.10", 65546), ("64086.59904", 4200000000), ("0.64512", 64512)],
+)
+def test_an_as_in_both_notations(text: str, number: int) -> None:
+    assert of(node_asn=text)[0].asn == number
+
+
+@pytest.mark.parametrize("text", ["23456", "65535", "0.0", "65535.65535", "1.65536", "1.2.3", "-1"])
+def test_what_is_no_as(text: str) -> None:
+    bgp, problems = of(node_asn=text)
+    assert bgp.asn is None
+    assert len(problems) == 1
+
+
+def test_lists_without_addresses_are_told() -> None:
+    _, problems = of(peer_asns="65010", peer_passwords=ENCODED)
+    assert problems[0] == "kube-router.io/peer.asns: needed peer.ips too, got none"
+    assert ENCODED not in "".join(problems)
+
+
+def test_our_peers_go_before_theirs_in_whatever_form() -> None:
+    bgp, problems = read(
+        {
+            "netpol.io/peer.ips": "192.0.2.1",
+            "netpol.io/peer.asns": "65010",
+            "kube-router.io/peers": "[{remoteip: 192.0.2.2, remoteasn: 65011}]",
+        }
+    )
+    assert [p.asn for p in bgp.peers] == [65010]
+    assert problems == ()
+    assert of(peers="") == (NodeBgp(), ())
+
+
+def test_a_password_is_a_text() -> None:
+    with pytest.raises(ValueError, match="needed a text"):
+        peer_of({"address": "192.0.2.1", "asn": "1", "password": ["a", "b"]}, encoded=False)
+    assert password(f"{ENCODED}\n", encoded=True) == KEY

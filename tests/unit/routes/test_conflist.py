@@ -10,7 +10,8 @@ import pytest
 
 from netpol.lib.errors import InputError, KernelError
 from netpol.model.net import Prefix, parse_prefix
-from routes.cni import keep_conflist
+from routes import conflist
+from routes.cni import beaten, keep_conflist
 from routes.conflist import NOTE, fresh, inject, parse
 
 
@@ -181,3 +182,38 @@ def test_a_broken_file_is_not_overwritten(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(KernelError, match="no text"):
         keep_conflist(tmp_path, BOTH, mtu=1450)
+
+
+def test_a_file_that_runtimes_take_before_ours_is_named(tmp_path: Path) -> None:
+    assert beaten(tmp_path / "none") == ""
+    keep_conflist(tmp_path, [parse_prefix("10.1.1.0/24")], mtu=1500)
+    (tmp_path / "99-later.conflist").touch()
+    (tmp_path / "05-note.txt").touch()
+    assert beaten(tmp_path) == ""
+    (tmp_path / "05-other.conf").touch()
+    assert "05-other.conf comes before" in beaten(tmp_path)
+
+
+def test_a_link_in_the_place_of_the_file_is_followed_for_reading_alone(tmp_path: Path) -> None:
+    """What it leads to may be another program's, which must not find our ranges in it."""
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text(conflist.text_of(conflist.fresh()))
+    before = theirs.read_text()
+    folder = tmp_path / "net.d"
+    folder.mkdir()
+    path = folder / conflist.FILE_NAME
+    path.symlink_to(theirs)
+    assert keep_conflist(folder, [parse_prefix("10.1.1.0/24")], mtu=1500)
+    assert theirs.read_text() == before
+    assert not path.is_symlink()
+    assert "10.1.1.0/24" in path.read_text()
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    assert keep_conflist(folder, [parse_prefix("10.1.1.0/24")], mtu=1500)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_a_killed_agent_left_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / f".{conflist.FILE_NAME}.tmp").write_text("{ half of something longer")
+    keep_conflist(tmp_path, [parse_prefix("10.1.1.0/24")], mtu=1500)
+    assert [p.name for p in tmp_path.iterdir()] == [conflist.FILE_NAME]

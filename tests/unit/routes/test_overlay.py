@@ -7,11 +7,12 @@ import dataclasses
 import msgspec
 import pytest
 
-from netpol.model.net import parse_address, parse_prefix
+from netpol.model.net import FAMILIES, parse_address, parse_prefix
 from netpol.model.objects import Node
+from routes import guard
 from routes.bird.render import render, tunnel6_link
 from routes.options import Encapsulation, OverlayMode, RouteOptions
-from routes.overlay import LINK_PREFIXES, overlay_of
+from routes.overlay import IPIP6_END, LINK_PREFIXES, overlay_of
 from routes.plan import RoutePlan, Tunnel, plan, tunnel_link_local, vxlan_mac
 
 IFNAME_MAX = 15  # linux/if.h: IFNAMSIZ - 1
@@ -87,3 +88,26 @@ def test_a_node_of_ipv6_alone_has_no_link_of_ipv4() -> None:
         made(*six, encapsulation=Encapsulation.IPIP, mode=OverlayMode.ALWAYS), underlay_mtu=9000
     ).tunnels
     assert [(t.remote, t.mtu) for t in tunnels] == [(N3.addresses[1], 8960)]
+
+
+def test_what_is_only_taken_has_ends_and_a_guard_and_no_entries() -> None:
+    """While a cluster changes over, a node hears those that have changed already."""
+    both = (Encapsulation.VXLAN, Encapsulation.IPIP)
+    options = RouteOptions(subnets=SUBNETS, overlay=OverlayMode.NEVER, accept=both)
+    quiet = plan((N1, N3), "n1", options)
+    found = overlay_of(quiet, underlay_mtu=1500)
+    assert found.vxlan is not None
+    assert found.remotes == frozenset()
+    assert {(t.name, t.remote) for t in found.tunnels} == {("knp-ipip0", b""), (IPIP6_END, b"")}
+    assert "knp-" not in render(quiet)
+    for family in FAMILIES:
+        assert len(guard.ruleset(quiet, family).chains[guard.INPUT]) == len(both)
+    # What is sent by one is taken of both.
+    sends = dataclasses.replace(
+        options, overlay=OverlayMode.ALWAYS, encapsulation=Encapsulation.IPIP
+    )
+    loud = plan((N1, N3), "n1", sends)
+    tunnels = {t.name for t in overlay_of(loud, underlay_mtu=1500).tunnels}
+    assert tunnels == {"knp-ipip0", IPIP6_END, tunnel6_link(N3.addresses[1])}
+    assert guard.taken(loud) == (Encapsulation.IPIP, Encapsulation.VXLAN)
+    assert guard.taken(plan((N1, N3), "n1", RouteOptions(overlay=OverlayMode.NEVER))) == ()

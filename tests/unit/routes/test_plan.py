@@ -7,7 +7,8 @@ import pytest
 from netpol.model.net import Family, Prefix, parse_address, parse_prefix
 from netpol.model.objects import Node
 from routes.bird.render import render
-from routes.options import ExternalPeer, ImportPolicy, OverlayMode, RouteOptions
+from routes.members import _hashed_id, members_of
+from routes.options import Encapsulation, ExternalPeer, ImportPolicy, OverlayMode, RouteOptions
 from routes.plan import RoutePlan, plan, tunnel_link_local, vxlan_mac
 
 
@@ -108,7 +109,10 @@ def test_a_cluster_range_narrows_what_nodes_may_have() -> None:
     odd = node("n2", "10.0.1.2", pods="10.9.2.0/24 fd01:0:0:2::/64")
     made = plan([N1, odd], "n1", options)
     assert peers(made) == {"n2": ("fd01:0:0:2::/64",)}  # no bound was given for IPv6
-    assert made.problems == ("node n2: podCIDR 10.9.2.0/24 is outside the cluster's ranges",)
+    assert made.problems == (
+        "node n2: podCIDR 10.9.2.0/24 is outside the cluster's ranges",
+        "node n2: IPv6 pods are not reached: one of the nodes has no IPv6 address",
+    )
 
 
 @pytest.mark.parametrize("block", ["127.0.0.0/16", "0.0.0.0/0", "224.0.0.0/8", "fe80::/64", "::/0"])
@@ -349,3 +353,145 @@ def test_a_reflector_gives_each_node_its_own_alone() -> None:
     text = render(plan([N1, N2, N3], "n1", RouteOptions(peers=(peer,), mesh=False)))
     assert "    10.0.1.2 : if net ~ [ 10.1.2.0/24 ] then accept;" in text
     assert "10.1.1.0/24 ] then accept" not in text
+
+
+# -- ranges of two nodes, identifiers, and reflectors of other kinds -------------------------------
+
+
+def test_a_node_whose_range_is_anothers_by_right_keeps_it_from_its_kernel() -> None:
+    """Its pods have addresses of it: the other's route would lead their packets away."""
+    old = node("old", "10.0.1.8", pods="10.1.9.0/24 fd01:0:0:9::/64", created=OLD)
+    mine = node("n9", "10.0.1.9", pods="10.1.9.0/24 fd01:0:0:9::/64", created=YOUNG)
+    made = plan([old, mine], "n9", RouteOptions())
+    assert made.own_pods == ()
+    assert made.guarded == mine.pod_cidrs
+    text = render(made)
+    assert "if net ~ [ 10.1.9.0/24+ ] then reject;" in text
+    assert "if net ~ [ fd01:0:0:9::/64+ ] then reject;" in text
+
+
+def test_a_range_that_is_outside_the_clusters_is_guarded_too() -> None:
+    options = RouteOptions(cluster_cidrs=(parse_prefix("10.1.0.0/16"),))
+    made = plan([node("n1", "10.0.1.1", pods="10.9.1.0/24")], "n1", options)
+    assert made.own_pods == ()
+    assert parse_prefix("10.9.1.0/24") in made.protected
+
+
+def test_nodes_without_ipv4_never_share_an_identifier() -> None:
+    six = [node(f"n{i}", f"fd00:1::{i + 1:x}", created=OLD) for i in range(6000)]
+    ids = [plan(six, n.name, RouteOptions(mesh=False)).router_id for n in six[::1500]]
+    assert len(set(ids)) == len(ids)
+    problems: list[str] = []
+    members = members_of(six, "n0", RouteOptions(), problems)
+    found = [_hashed_id(m.node.name, ()) for m in members.values()]
+    assert len(set(found)) == len(found)
+
+
+def test_an_identifier_that_an_older_node_has_is_not_taken() -> None:
+    first = _hashed_id("young", ())
+    older = node("a", "fd00:1::1", created=OLD, router_id=".".join(map(str, first)))
+    made = plan([older, node("young", "fd00:1::2", created=YOUNG)], "young", RouteOptions())
+    assert made.router_id == _hashed_id("young", {first})
+    same = node("b", "10.0.1.2", router_id="10.0.1.1")
+    told = plan([node("n1", "10.0.1.1", pods="10.1.1.0/24"), same], "n1", RouteOptions())
+    assert "identifier 10.0.1.1 is that of node b too" in told.problems[0]
+
+
+def test_a_client_without_a_reflector_is_told() -> None:
+    made = plan([C1, N1], "c1", RouteOptions())
+    assert made.peers == ()
+    assert made.problems == ("node c1 is a client of reflector 0.0.0.42, and no node is one",)
+
+
+def test_a_reflector_that_is_its_own_client_is_a_reflector() -> None:
+    both = node("b", "10.0.1.41", pods="10.1.41.0/24", rr_server="42", rr_client="42")
+    found = {
+        n.name: {p.node for p in plan([both, C1, PLAIN], n.name, RouteOptions()).peers}
+        for n in (both, C1, PLAIN)
+    }
+    assert found == {"b": {"c1", "p"}, "c1": {"b"}, "p": {"b"}}
+
+
+def test_a_reflector_passes_next_hops_on_to_other_ases() -> None:
+    made = plan([RR1, node("p", "10.0.1.31", node_asn="65001")], "rr1", RouteOptions())
+    assert render(made).count("    next hop keep;") == 1
+
+
+@pytest.mark.parametrize(
+    ("announced", "options", "protected"),
+    [
+        ("10.0.1.128/25", RouteOptions(), True),
+        ("fd00:1::8000:0:0:0/65", RouteOptions(), True),
+        ("10.0.2.0/24", RouteOptions(), False),
+        ("10.0.1.128/25", RouteOptions(subnets=(parse_prefix("10.0.1.0/26"),)), False),
+        ("203.0.113.64/26", RouteOptions(vip_cidrs=(parse_prefix("203.0.113.0/24"),)), True),
+    ],
+)
+def test_subnets_of_nodes_and_ranges_of_services_are_protected(
+    announced: str, options: RouteOptions, *, protected: bool
+) -> None:
+    """Where nobody names subnets, the usual ones around nodes' addresses are."""
+    made = plan([N1], "n1", options)
+    block = parse_prefix(announced)
+    assert any(p.covers(block) for p in made.protected) is protected
+
+
+def test_sessions_with_nodes_are_where_other_nodes_look_for_them() -> None:
+    bound = node("n1", "10.0.1.1", pods="10.1.1.0/24", bgp_local_addresses="10.0.7.7")
+    key = {k.replace("bgp.local.addresses", "bgp-local-addresses"): v for k, v in bound.annotations}
+    bound = Node(
+        name="n1",
+        addresses=bound.addresses,
+        pod_cidrs=bound.pod_cidrs,
+        annotations=tuple(key.items()),
+    )
+    peer = ExternalPeer(parse_address("10.0.7.254"), 65010)
+    text = render(plan([bound, N2], "n1", RouteOptions(peers=(peer,))))
+    assert text.count("  local 10.0.1.1 port 179 as 64512;") == 1
+    assert text.count("  local 10.0.7.7 port 179 as 64512;") == 1
+    assert text.count("strict bind yes;") == 2
+
+
+# -- nodes without an address of a family that pods have --------------------------------------------
+
+SIX = node("six", "fd00:1::6", pods="10.1.6.0/24 fd01:0:0:6::/64")
+
+
+def test_ipv4_pods_of_a_node_without_ipv4_are_told_by_ipv6() -> None:
+    """RFC 8950, at both ends of the session; between nodes with IPv4 nothing changes."""
+    made = plan([N1, N2, SIX], "n1", RouteOptions())
+    assert {p.node: p.six for p in made.peers} == {"n2": False, "six": True}
+    assert made.problems == ()
+    text = render(made)
+    assert text.count("extended next hop yes; next hop address fd00:1::1;") == 1
+    other = plan([N1, N2, SIX], "six", RouteOptions())
+    assert all(p.six for p in other.peers)
+    assert render(other).count("extended next hop yes; next hop address fd00:1::6;") == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "options", "said"),
+    [
+        (N1, node("four", "10.0.1.4", pods="fd01:0:0:4::/64"), RouteOptions(), "no IPv6 address"),
+        (
+            SIX,
+            node("far", "fd00:2::9", pods="10.1.9.0/24"),
+            RouteOptions(overlay=OverlayMode.ALWAYS, encapsulation=Encapsulation.IPIP),
+            "ipip carries no IPv4",
+        ),
+    ],
+)
+def test_pods_that_cannot_be_reached_are_told(
+    one: Node, two: Node, options: RouteOptions, said: str
+) -> None:
+    made = plan([one, two], one.name, options)
+    assert [p for p in made.problems if "are not reached" in p and said in p]
+
+
+def test_a_reflector_tells_no_ipv4_by_ipv6() -> None:
+    client = node("c", "fd00:1::8", pods="10.1.8.0/24", rr_client="42")
+    server = node("r", "10.0.1.7", "fd00:1::7", pods="10.1.7.0/24", rr_server="42")
+    four = node("d", "10.0.1.9", "fd00:1::9", pods="10.1.9.0/24", rr_client="42")
+    made = plan([client, server, four], "c", RouteOptions())
+    assert [p.split(":")[0] for p in made.problems] == ["node d"]
+    assert "no reflector tells IPv4 by IPv6" in made.problems[0]

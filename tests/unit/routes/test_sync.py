@@ -10,8 +10,10 @@ from netpol.kernel.routes import Underlay
 from netpol.model.net import Prefix, parse_prefix
 from routes.bird.daemon import BirdDaemon, Folder
 from routes.bird.engine import BirdEngine
+from routes.drain import DRAIN_S
 from routes.options import RouteOptions
-from routes.sync import DRAIN_S, Facts, RoutesRoom
+from routes.state import Facts
+from routes.sync import RoutesRoom
 
 
 async def no_routes() -> bool:
@@ -46,14 +48,14 @@ def test_a_family_without_named_subnets_has_those_of_the_link(tmp_path: Path) ->
 
 def test_what_a_drain_withdrew_does_not_come_back_by_a_restart(tmp_path: Path) -> None:
     clock = ManualClock()
-    assert not room(tmp_path, clock)._withdrawn
+    assert not room(tmp_path, clock)._drain.withdrawn
     file = tmp_path / "drain"
     file.touch()
     began_s = clock.wall() - DRAIN_S - 1
     os.utime(file, (began_s, began_s))
-    assert room(tmp_path, clock)._withdrawn
+    assert room(tmp_path, clock)._drain.withdrawn
     began_s = clock.wall() - 1
     os.utime(file, (began_s, began_s))
     young = room(tmp_path, clock)
     assert young.options.drain
-    assert not young._withdrawn
+    assert not young._drain.withdrawn

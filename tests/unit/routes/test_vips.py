@@ -93,3 +93,9 @@ def test_services_that_are_not_ours() -> None:
     assert of(service(foreign=True)) == []
     named = Service(key=KEY, type="ExternalName", external_ips=(parse_address("203.0.113.7"),))
     assert of(named) == []
+
+
+def test_an_address_that_stays_the_load_balancers_is_not_announced() -> None:
+    """IpMode Proxy: packets to it must get there."""
+    proxied = service(ingress=(Ingress(parse_address("203.0.113.8"), proxied=True),))
+    assert "203.0.113.8" not in of(proxied)
