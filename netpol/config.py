@@ -96,7 +96,6 @@ class Settings:
         (), "interfaces behind which pods are, + as wildcard (default: the conflist's bridge)"
     )
     cni_conf_dir: str = _setting("/etc/cni/net.d", "where the CNI conflist is")
-    cni_bin_dir: str = _setting("/opt/cni/bin", "where the CNI plugins are (for routes)")
     bgp_asn: int = _setting(64512, "AS number of the cluster")
     bgp_mesh: bool = _setting(True, "every node peers with every other")
     bgp_peers_file: str = _setting("", "YAML list of routers that all nodes peer with")
@@ -105,6 +104,9 @@ class Settings:
     )
     bgp_port: int = _setting(179, "TCP port of BGP, on all nodes")
     bgp_hold_time: int = _setting(90, "seconds of silence after which a session between nodes ends")
+    bgp_keepalive_time: int = _setting(
+        0, "seconds between signs of life of a session between nodes; 0: a third of the hold time"
+    )
     bgp_graceful_restart: bool = _setting(True, "nodes keep routes while a node's BIRD restarts")
     cluster_cidr: tuple[str, ...] = _setting(
         (), "ranges that podCIDRs of nodes must lie in (default: anywhere)"
@@ -117,6 +119,9 @@ class Settings:
         "when pods' packets between nodes are tunnelled: never, cross-subnet, always",
     )
     encapsulation: str = _setting("vxlan", "how: vxlan or ipip")
+    overlay_accept: tuple[str, ...] = _setting(
+        (), "encapsulations taken from nodes besides one's own, while a cluster changes over"
+    )
     advertise_pod_cidr: bool = _setting(True, "tell routers outside the node's podCIDRs")
     advertise_cluster_ip: bool = _setting(False, "tell routers outside the ClusterIPs")
     advertise_external_ip: bool = _setting(
@@ -417,11 +422,17 @@ def _routes_faults(settings: Settings) -> list[str]:
         value = getattr(settings, name)
         if value not in allowed:
             out.append(f"--{name}: needed {', '.join(allowed)}, got {value!r}")
+    out += [
+        f"--overlay-accept: needed vxlan, ipip, got {given!r}"
+        for given in settings.overlay_accept
+        if given not in ("vxlan", "ipip")
+    ]
     # RFC 7607 and RFC 7300 for the AS, RFC 4271 section 4.2 for the hold time.
     for name, low, high in (
         ("bgp_asn", 1, 4_294_967_294),
         ("bgp_port", 1, 65535),
         ("bgp_hold_time", 3, 65535),
+        ("bgp_keepalive_time", 0, settings.bgp_hold_time),
     ):
         if not low <= getattr(settings, name) <= high:
             flag = name.replace("_", "-")

@@ -11,7 +11,6 @@ part is made of stands in its own module.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -25,6 +24,8 @@ from netpol import __version__, config
 from netpol.admin.health import HealthServer
 from netpol.admin.relay import list_handler
 from netpol.admin.server import AdminServer, Handler
+from netpol.agent.garbage import Collector
+from netpol.agent.lacking import refuse_lacking
 from netpol.agent.parts import Part
 from netpol.agent.policy import PolicyPart
 from netpol.agent.report import Report
@@ -38,11 +39,9 @@ from netpol.k8s.decode import KINDS
 from netpol.k8s.events import Complaint, EventTeller
 from netpol.k8s.watching import Selection
 from netpol.kernel.drivers import TableDriver, Variant
-from netpol.kernel.probe import missing_features
 from netpol.kernel.tables import RestoreTables
 from netpol.kernel.variant import detect
-from netpol.lib.errors import InputError, KernelMissingError, NetpolError, NoAnswerError
-from netpol.model.net import FAMILIES
+from netpol.lib.errors import InputError, NetpolError, NoAnswerError
 from netpol.model.ruleset import AddressPort
 from netpol.render.options import AnswerLink
 
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from netpol.agent.proxy import ProxyPart
     from netpol.agent.routes import RoutesPart
     from netpol.kernel.dsr import PodLink
+    from proxy.apply import ServedChange
 
 _log = structlog.get_logger("netpol")
 
@@ -142,19 +142,7 @@ class Agent:
             os.environ["XTABLES_LOCKFILE"] = settings.xtables_lockfile
         self._facts = NodeFacts(settings)
         variant = detect() if settings.iptables == "auto" else Variant(settings.iptables)
-        missing = missing_features(variant, rejects=self._facts.options().rejects)
-        if settings.proxy:
-            # Only here: without the proxy none of it is loaded.
-            from netpol.agent import proxy_node
-
-            more = proxy_node.missing_for_proxy(variant, mark_mask=settings.service_mask)
-            for family, words in more.items():
-                missing.setdefault(family, []).extend(words)
-        if set(missing) == set(FAMILIES):
-            lacks = dict.fromkeys(words for found in missing.values() for words in found)
-            raise KernelMissingError("this machine", needed="; ".join(lacks))
-        for family, lacking in missing.items():  # the other works; the room says what fails
-            _log.error("one family only", without=f"IPv{family}", needed="; ".join(lacking))
+        refuse_lacking(settings, variant, rejects=self._facts.options().rejects)
         self.proxy: ProxyPart | None = None
         self.policy = (
             PolicyPart(
@@ -172,11 +160,9 @@ class Agent:
         if settings.proxy:
             self.proxy = self._proxy_part(variant)
         self.routes = self._routes_part(variant) if settings.routes else None
-        if self.proxy is not None and self.routes is not None:
-            self.proxy.forbid(bgp_peers=[p.address for p in self.routes.room.options.peers])
         self._api: Api | None = None
         self._watches: informers.InformerSet | None = None
-        self._frozen = False
+        self._collector = Collector()
         self._events: EventTeller | None = None
         self._health: HealthServer | None = None
         parts: list[Part] = [
@@ -209,13 +195,18 @@ class Agent:
             facts=self._facts,
             clock=self._clock,
             applied=self._applied,
-            served=self._facts.hasten_ipvs,
+            served=self._ipvs_serves,
             told=self._tell,
             tunnels=pod_tunnels(self.settings),
             no_direct_return=lacks,
             hidden=policy.hidden if policy is not None else lambda _: None,
             answers=self._answers,
         )
+
+    def _ipvs_serves(self, services: ServedChange | None) -> None:
+        """The proxy changed what IPVS serves: INPUT must let it through to OUTPUT's judgement."""
+        if self._facts.ipvs_serves(services) and self.policy is not None:
+            self.policy.room.serve()
 
     def _isolation_changed(self) -> None:
         """Pods or policies changed."""
@@ -235,8 +226,17 @@ class Agent:
         from netpol.agent.routes import RoutesPart
 
         return RoutesPart(
-            self.settings, variant=variant, clock=self._clock, cni_written=self._facts.hasten
+            self.settings,
+            variant=variant,
+            clock=self._clock,
+            cni_written=self._facts.hasten,
+            peers_read=self._forbid_peers,
         )
+
+    def _forbid_peers(self, peers: Iterable[bytes]) -> None:
+        """No Service takes the address of a router that nodes speak BGP with."""
+        if self.proxy is not None:
+            self.proxy.forbid(bgp_peers=peers)
 
     def _operations(self) -> dict[str, Handler]:
         found: dict[str, Handler] = {
@@ -258,11 +258,8 @@ class Agent:
 
     def _applied(self) -> None:
         """Something was applied."""
-        if not self._frozen:
-            # What was loaded at start stays for good; looking at it took 50 ms of a full collection.
-            self._frozen = True
-            gc.collect()
-            gc.freeze()
+        if all(part.standing().applied_at_s is not None for part in self.report.parts):
+            self._collector.started()
         if self.policy is not None:
             self.policy.need_peers()
         self._tell()
@@ -280,6 +277,7 @@ class Agent:
 
     async def start(self) -> None:
         """Start everything in order; returns once the first apply is under way."""
+        self._collector.rest()
         await self._admin.start()  # first: a second agent of the node ends here
         if self.proxy is not None:
             await self.proxy.refuse_another()
@@ -370,6 +368,7 @@ class Agent:
 
     async def stop(self) -> None:
         """End tasks and connections; what is in the kernel stays as it is."""
+        self._collector.started()
         await self._tasks.cancel()
         if self._watches is not None:
             await self._watches.close()

@@ -258,6 +258,9 @@ class PolicyPart:
                 informer.store.subscribe(self.feed.cluster_pod)
                 if wait:
                     await watches.wait_synced()
+        elif running and self.room.dataplane.refusals:
+            # Older rules stay in force; who their peers are nobody else would tell.
+            self._peers_since_s = now_s
         elif running and now_s - self._peers_since_s > PEERS_LINGER_S:
             await watches.stop(_CLUSTER_PODS)
 
@@ -324,6 +327,7 @@ class PolicyPart:
         refused = self.room.dataplane.refusals.reasons()
         return {
             **self.room.dataplane.counts(),
+            **self._deny_mode(),
             "last_apply_ms": None if latency_s is None else round(latency_s * 1000, 2),
             "applies": room.applies,
             "reconciles": room.reconciles,
@@ -339,6 +343,12 @@ class PolicyPart:
                 for k, v in sorted(self.feed.problems.items())
             },
         }
+
+    def _deny_mode(self) -> dict[str, str]:
+        """What becomes of denied packets, and why that is not what was asked for."""
+        plane = self.room.dataplane
+        why = {"deny_fallback": plane.reject_fault} if plane.reject_fault else {}
+        return {"deny_with": plane.options.deny_with.value, **why}
 
     def metrics(self) -> Iterable[Metric]:
         """See Part."""
@@ -398,5 +408,6 @@ class PolicyPart:
             **found,
             "in_sync": standing.in_sync,
             "generation": standing.applied_generation,
+            **self._deny_mode(),
             **({"unpoliced": self._facts.unpoliced} if self._facts.unpoliced else {}),
         }

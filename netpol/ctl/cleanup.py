@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         removed["chains"] += chains
         removed["jumps"] += jumps
     removed["sets"] = _clean_sets(left)
+    removed["files"] = _clean_state(Path(args.state_dir), left)
     for why in lacking:
         # No reason to fail: nearly all rules of ours name a set, and are left if that is in use.
         remark(f"not looked at: {why}")
@@ -126,6 +127,20 @@ def _clean_sets(left: list[str]) -> int:
     finally:
         sets.close()
     return count
+
+
+def _clean_state(folder: Path, left: list[str]) -> int:
+    """Forget the pod ranges: a later agent must not hold what this node's pods no longer have."""
+    from netpol.enforce.node import STATE_FILE
+
+    try:
+        (folder / STATE_FILE).unlink()
+    except FileNotFoundError:
+        return 0
+    except OSError as e:
+        left.append(f"{folder / STATE_FILE}: {e.strerror}")
+        return 0
+    return 1
 
 
 def _refuse_if_running(socket: str) -> None:

@@ -193,6 +193,9 @@ def _kernel_text(kernel: dict[str, Any]) -> list[str]:
     state = "in sync" if kernel.get("in_sync", True) else "not in sync: what follows is older"
     at = f", generation {kernel['generation']}" if "generation" in kernel else ""
     lines = [f"kernel: {state}{at}"]
+    if kernel.get("deny_with"):
+        why = f", not answered: {kernel['deny_fallback']}" if kernel.get("deny_fallback") else ""
+        lines.append(f"  denied packets: {kernel['deny_with']}{why}")
     if kernel.get("unpoliced"):
         lines.append(
             f"  its packets come by {kernel['unpoliced']} and pass no rule of this node: policy cannot hold"

@@ -9,7 +9,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from netpol import __version__
@@ -62,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
         default="/run/netpol",
         metavar="DIR",
         help="run-dir of the agent (default: /run/netpol)",
+    )
+    cleanup.add_argument(
+        "--state-dir",
+        default="/var/lib/netpol",
+        metavar="DIR",
+        help="state-dir of the agent (default: /var/lib/netpol)",
     )
     _routes(commands, cluster=cluster, node=node, output=output)
     _add(commands, "peers", "the BGP sessions of this node", [node, output])
@@ -325,6 +331,11 @@ def _routes(
         ("--subnet", "subnets", "an L2 segment of nodes (default: all nodes share one)"),
         ("--cluster-cidr", "cluster_cidrs", "range that podCIDRs must lie in"),
         ("--service-cidr", "service_cidrs", "range that no router may announce"),
+        (
+            "--vip-cidr",
+            "vip_cidrs",
+            "range of Services' outer addresses, which no router may announce",
+        ),
     ):
         made.add_argument(
             flag, dest=dest, action="append", default=[], metavar="CIDR", help=f"{text}; repeatable"
@@ -343,7 +354,31 @@ def _routes(
         made.add_argument(
             f"--advertise-{what}", action=argparse.BooleanOptionalAction, default=False
         )
+    for flag, low, high, default, text in (
+        ("--hold-time", 3, 65535, 90, "seconds of silence that end a session between nodes"),
+        ("--keepalive-time", 0, 21845, 0, "seconds between signs of life; 0: a third of that"),
+        ("--bgp-port", 1, 65535, 179, "TCP port of BGP on all nodes"),
+    ):
+        made.add_argument(
+            flag,
+            type=_within(low, high),
+            default=default,
+            metavar="N",
+            help=f"{text} (default: {default})",
+        )
+    made.add_argument("--graceful-restart", action=argparse.BooleanOptionalAction, default=True)
     made.add_argument("--drain", action="store_true", help="as while the node is drained")
+
+
+def _within(low: int, high: int) -> Callable[[str], int]:
+    """A reader of numbers between two others."""
+
+    def read(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text[:10]) <= high:
+            raise argparse.ArgumentTypeError(f"needed a number of {low}..{high}, got {text!r}")
+        return int(text)
+
+    return read
 
 
 if __name__ == "__main__":

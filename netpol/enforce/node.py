@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from netpol.config import Settings
-from netpol.enforce.served import IpvsWatch
+from netpol.enforce.served import Backends, IpvsWatch
 from netpol.kernel.conflist import PodNetwork, read_pod_network
 from netpol.kernel.links import AddressMonitor, own_addresses
 from netpol.kernel.marks import conflict, mark_uses
@@ -29,6 +29,8 @@ from netpol.render.options import AnswerLink, DenyWith, RenderOptions
 
 _log = structlog.get_logger(__name__)
 
+#: In the state directory: the last pod ranges.
+STATE_FILE = "node.json"
 #: How often what has no events is looked at: sysctls, the CNI configuration.
 LOOK_EVERY_S = 5.0
 #: Who else uses the mark is looked up every so many looks: it means running the save tools.
@@ -50,7 +52,7 @@ class NodeFacts:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._state_file = Path(settings.state_dir) / "node.json"
+        self._state_file = Path(settings.state_dir) / STATE_FILE
         self._network = PodNetwork()
         self._remembered: tuple[Prefix, ...] = ()
         self._addresses: tuple[bytes, ...] = ()
@@ -151,9 +153,15 @@ class NodeFacts:
         """The CNI configuration was written by this agent: look at it before the first pod comes."""
         self._hasten.set()
 
-    def hasten_ipvs(self) -> None:
-        """IPVS was changed by this agent: look at it at once."""
-        self._ipvs.hasten()
+    def ipvs_serves(self, services: Mapping[AddressPort, Backends | None] | None) -> bool:
+        """IPVS was changed by this agent: how, or None where it must be looked at.
+
+        Returns whether INPUT lets other services through than before.
+        """
+        if services is None:
+            self._ipvs.hasten()
+            return False
+        return self._ipvs.tell(services)
 
     def hold_ranges(self) -> tuple[Prefix, ...]:
         """Ranges whose unknown addresses are denied."""
@@ -235,7 +243,9 @@ class NodeFacts:
         return [*self._sysctl_faults, *marks, *self._ipvs.faults()]
 
     def describe(self) -> dict[str, Any]:
-        """For status and the log."""
+        """For status and the log; without policy, nothing that only policy does."""
+        if not self._settings.policy:
+            return {"pod_ranges": [str(r) for r in self.pod_ranges()]}
         held = self.hold_ranges()
         notes = [self._network.note] if self._network.note else []
         if not self._interfaces():

@@ -94,6 +94,17 @@ def saved(run, variant):
     return [x for x in lines if not x.startswith("#")]
 
 
+def test_cleanup_forgets_the_pod_ranges_and_nothing_else_there(space, tmp_path):
+    ours, other = tmp_path / "node.json", tmp_path / "other.json"
+    for file in (ours, other):
+        file.write_text("{}")
+    words = ctl("cleanup", "--socket", str(tmp_path / "none.sock"), "--state-dir", str(tmp_path))
+    assert "1 file" in space(*words)
+    assert not ours.exists()
+    assert other.exists()
+    assert space(*words) == "nothing of netpol here\n"
+
+
 def test_cleanup_makes_no_table_by_looking(space, tmp_path):
     space(*ctl("cleanup", "--socket", str(tmp_path / "none.sock")))
     assert space("cat", "/proc/net/ip_tables_names") == ""
