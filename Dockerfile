@@ -10,7 +10,8 @@ COPY pyproject.toml README.md /src/
 COPY netpol /src/netpol
 COPY proxy /src/proxy
 COPY routes /src/routes
-RUN /opt/netpol/bin/pip install --no-cache-dir --no-deps /src
+RUN /opt/netpol/bin/pip install --no-cache-dir --no-deps /src \
+ && /opt/netpol/bin/pip uninstall -q -y setuptools pip
 
 FROM debian:12-slim
 RUN apt-get update \
@@ -18,5 +19,4 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/netpol /opt/netpol
 ENV PATH=/opt/netpol/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONUNBUFFERED=1
-ENTRYPOINT []
 CMD ["netpol-agent"]

@@ -36,7 +36,7 @@ bench: setup ## the figures of the README, as ratios of one run; writes bench/re
 format: ## ruff format, and the fixes that ruff knows
 	@$(VENV)/bin/ruff check --fix-only -q . ; $(VENV)/bin/ruff format .
 lock:  ## renew requirements/*.lock from pyproject.toml
-	@$(VENV)/bin/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml --extra lab -o requirements/run.lock
+	@$(VENV)/bin/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements/run.lock
 	@$(VENV)/bin/uv pip compile -q --upgrade --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml --extra lab --extra dev -o requirements/dev.lock
 clean: ## remove .venv and caches
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,8 +1,8 @@
 """`python -m bench [ID...]`: run the rows (all, or those that begin with an ID) and print the table.
 
 Every group of rows runs in a process of its own, in a network namespace of its own, so that none
-inherits the garbage, the caches or the rules of another. The results go to bench/results.json; a
-selected run replaces only its own rows there.
+inherits the garbage, the caches or the rules of another. The results go to bench/results.json, and from
+there into the README's table; a selected run replaces only its own rows.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any
 
 import structlog
 
-from bench import measure, spaces
+from bench import measure, numbers, spaces
 from netpol.kernel import netns
 
 RESULTS = Path(__file__).parent / "results.json"
+README = Path(__file__).parents[1] / "README.md"
 
 #: Groups: the function that yields the rows, and the ids it yields.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -51,10 +52,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("ids", nargs="*", metavar="ID", help="rows to run: beginnings of ids")
     parser.add_argument("--group", help=argparse.SUPPRESS)
-    parser.add_argument("-n", "--dry", action="store_true", help="do not write results.json")
+    parser.add_argument("-n", "--dry", action="store_true", help="do not write the results")
+    parser.add_argument(
+        "--readme", action="store_true", help="run nothing: only write the README's table anew"
+    )
     args = parser.parse_args()
     if args.group:
         return _child(args.group)
+    if args.readme:
+        _write([])
+        return 0
     if os.geteuid() != 0:
         print("bench: needs root, for network namespaces", file=sys.stderr)
         return 3
@@ -106,6 +113,8 @@ def _write(rows: list[dict[str, Any]]) -> None:
     kept += [row for i, row in merged.items() if i not in order]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in kept)
     RESULTS.write_text(f"[\n{lines}\n]\n")
+    if numbers.LINES.keys() <= merged.keys():  # else a first run of some rows
+        README.write_text(numbers.renewed(README.read_text("utf-8"), merged), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from bench import numbers
+from bench.__main__ import GROUPS
 from netpol import config
 from netpol.ctl import main as ctl
 from netpol.lab import cli as lab
@@ -213,6 +216,35 @@ def test_metrics_exist() -> None:
     loose = {n for n in named if n.startswith(("watch_", "policy_", "process_"))}
     assert named - loose
     assert named - loose <= made
+
+
+# -- figures ------------------------------------------------------------------------------------
+
+
+def _results() -> dict[str, dict[str, object]]:
+    return {row["id"]: row for row in json.loads(_read("bench/results.json"))}
+
+
+def test_the_figures_of_the_readme_are_those_that_were_measured() -> None:
+    """`.venv/bin/python -m bench --readme` writes the table anew."""
+    readme = _read("README.md")
+    assert readme == numbers.renewed(readme, _results())
+
+
+def test_every_figure_is_measured_and_explained() -> None:
+    rows = {row for group in GROUPS.values() for row in group}
+    assert set(_results()) == rows
+    # Rows of legacy tables share a sentence.
+    explained = {name for name in rows if not name.endswith(".legacy")}
+    table = (
+        _read("docs/benchmarks.md").split("\n## What each row measures\n")[1].partition("\n## ")[0]
+    )
+    named = [
+        name
+        for cell in re.findall(r"^\| (`[^|]+`) \|", table, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", cell)
+    ]
+    assert sorted(named) == sorted(explained)
 
 
 # -- what pages promise -------------------------------------------------------------------------
