@@ -55,6 +55,12 @@ class Look:
         self._dataplane, self._sets, self._tables, self._run = dataplane, sets, tables, run
         # Of each table: the number of table transactions, and the fingerprint of what was right then.
         self._right: dict[tuple[str, Family], tuple[int, str]] = {}
+        # Everybody's transactions, when the last look that was not overtaken began.
+        self._seen: int | None = None
+
+    async def is_due(self) -> bool:
+        """Whether somebody may have written tables since the last look; False where nobody counts."""
+        return await self._run(self._tables.generation) != self._seen
 
     async def drift(
         self,
@@ -72,7 +78,15 @@ class Look:
             members: look into the sets too.
             skip: families that are not up to date, and known not to be.
         """
-        skip = skip or {}
+        number = await self._run(self._tables.generation)
+        found = await self._drift(still, transactions, members=members, skip=skip or {})
+        if found is not None:
+            self._seen = number
+        return found
+
+    async def _drift(
+        self, still: Callable[[], bool], transactions: int, *, members: bool, skip: Faults
+    ) -> str | None:
         if self._dataplane.refusals:
             return await self._everything(still, skip)
         found: list[str] = []

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 #: After a write the kernel is read back at growing intervals, since whoever undoes us does it soon.
 FIRST_CHECK_S = 0.05
 LAST_CHECK_S = 30.0
+#: Between them a glance tells whether anybody wrote tables. Where others always do, and what they write
+#: is none of ours, glances come as rarely as they must.
+GLANCE_S = 1.0
+#: Somebody who undoes every repair is answered no faster than this.
+FIGHT_S = 1.0
 #: Quiet time before looks go into the members of sets; those before see tables only.
 MEMBERS_AFTER_S = 0.4
 #: Quiet time before garbage goes: what comes back within it costs nothing.
@@ -30,20 +35,38 @@ class Upkeep:
 
     Attributes:
         pause_s: until the next look.
+        glance_s: until the next glance.
     """
 
     pause_s: float = FIRST_CHECK_S
+    glance_s: float = GLANCE_S
+    _first_s: float = FIRST_CHECK_S
     _compared_at_s: float | None = None
     _garbage_since_s: float | None = None
     _garbage_rests_until_s: float = 0.0
 
     def wrote(self) -> None:
         """Something was written: the next look is soon."""
-        self.pause_s = FIRST_CHECK_S
+        self.pause_s = self._first_s
 
     def looked(self) -> None:
         """The next look is later."""
         self.pause_s = min(self.pause_s * 2, LAST_CHECK_S)
+
+    def glanced(self, *, due: bool) -> None:
+        """Somebody wrote tables, or nobody did."""
+        self.glance_s *= 2 if due else 0.5
+        self.glance_s = min(max(self.glance_s, GLANCE_S), LAST_CHECK_S)
+
+    def drifted(self) -> None:
+        """A look found that somebody wrote what is ours."""
+        self.glance_s = GLANCE_S
+        self._first_s = min(self._first_s * 2, FIGHT_S)
+
+    def right(self) -> None:
+        """A look found all as it must be: after some time of that nobody fights any more."""
+        if self.pause_s > FIGHT_S:
+            self._first_s = FIRST_CHECK_S
 
     @property
     def members(self) -> bool:

@@ -326,7 +326,7 @@ class PolicyRoom:
     async def _housekeeping(self) -> None:
         while True:
             self._wake.clear()
-            await self._pause(self._upkeep.pause_s)
+            await self._rest()
             never = self.status.applied_at_s is None
             if never or self.runner.failures:
                 await self._pause(1.0)
@@ -352,6 +352,19 @@ class PolicyRoom:
             await self._look()
         elif self._upkeep.must_compare(now_s):
             self.resync()
+
+    async def _rest(self) -> None:
+        """Until the next look, which comes sooner when something is applied, or others write tables."""
+        until_s = self._clock.monotonic() + self._upkeep.pause_s
+        while (left_s := until_s - self._clock.monotonic()) > 0:
+            await self._pause(min(left_s, self._upkeep.glance_s))
+            if self._wake.is_set():
+                return
+            if left_s > self._upkeep.glance_s:
+                due = await self._eyes.is_due()
+                self._upkeep.glanced(due=due)
+                if due:
+                    return
 
     async def _pause(self, seconds: float | None, event: asyncio.Event | None = None) -> None:
         """Sleep, but not past an event (by default the next apply)."""
@@ -388,7 +401,10 @@ class PolicyRoom:
             members=members,
             skip=self._down.errors,
         )
+        if drift == "":
+            self._upkeep.right()
         if drift:
+            self._upkeep.drifted()
             self.status.drifts += 1
             self.status.drift = drift
             _log.warning("drift", what=drift)

@@ -195,6 +195,10 @@ class TableDriver(Protocol):
         """A text that differs whenever a dump would, for much less than a dump; counters aside."""
         ...
 
+    def generation(self) -> int | None:
+        """A number that another one follows with everybody's transactions; None where nobody counts."""
+        ...
+
     def apply(self, tx: TableTransaction) -> None:
         """Apply atomically; raises TableError, after which the table is as it was."""
         ...

@@ -106,6 +106,10 @@ class IptcTables:
         """See TableDriver; by the tool, whose text costs this process nothing to make."""
         return self._fallback.fingerprint(table, family)
 
+    def generation(self) -> int | None:
+        """See TableDriver."""
+        return self._fallback.generation()
+
     def counters(self, table: str, family: Family) -> dict[ChainName, Counters]:
         """See TableDriver."""
         return self._run(lambda: self._counters(table, family))

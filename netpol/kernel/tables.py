@@ -97,7 +97,7 @@ class RestoreTables:
 
     def fingerprint(self, table: str, family: Family) -> str:
         """See TableDriver. Where nf_tables has made no transaction since, the last answer holds."""
-        number = self._in_netns(generation) if self.variant is Variant.NFT else None
+        number = self.generation()
         known = self._fingerprints.get((table, family))
         if known is not None and number is not None and known[0] == number:
             return known[1]
@@ -106,6 +106,10 @@ class RestoreTables:
         if number is not None:
             self._fingerprints[table, family] = number, found
         return found
+
+    def generation(self) -> int | None:
+        """See TableDriver. Legacy tables are not counted."""
+        return self._in_netns(generation) if self.variant is Variant.NFT else None
 
     def _fingerprint(self, table: str, family: Family) -> str:
         # Chains of rooms that are excluded are no change: each would cost the owner a dump. What else

@@ -107,6 +107,12 @@ class TableContract:
             CHAIN_B: (Rule(Drop()),),
         }
 
+    def test_transactions_are_counted_or_said_not_to_be(self, tables: TableDriver) -> None:
+        before = tables.generation()
+        assert tables.generation() == before
+        tables.apply(change(replace={CHAIN_A: (Rule(Drop()),)}))
+        assert (tables.generation() == before) is (before is None)
+
     def test_the_families_are_apart(self, tables: TableDriver) -> None:
         tables.apply(change(Family.V6, replace={CHAIN_A: (Rule(Drop()),)}))
         assert tables.dump("mangle", Family.V4) == TableDump()

@@ -96,6 +96,23 @@ def _foreign_set_in_our_name(host: Host) -> None:
     host.run("ipset", "create", "KNP-A4-stranger", "hash:ip")
 
 
+async def test_a_flush_in_a_quiet_time_is_noticed_soon(space: str) -> None:
+    """By the kernel's count of transactions, where the next look is half a minute away."""
+    host = Host(space, Variant.NFT)
+    host.foreigners()
+    host.tell(*WORLD)
+    async with host.room() as room:
+        assert await until(lambda: room.ready)
+        right = host.state()
+        await asyncio.sleep(1.0)
+        room._upkeep.pause_s = 30.0
+        assert await until(lambda: room._upkeep.pause_s == 30.0 and not room.runner.pending)
+        await asyncio.sleep(1.0)
+        assert not room.status.drifts
+        await asyncio.to_thread(_flush_mangle, host)
+        assert await until(lambda: host.state() == right, 4.0), room.status
+
+
 @pytest.mark.parametrize(
     "harm",
     [

@@ -193,3 +193,57 @@ def test_times() -> None:
     times.compared(1000.0)
     assert not times.must_compare(1000.0 + upkeep.COMPARE_AT_MOST_S - 0.1)
     assert times.must_compare(1000.0 + upkeep.COMPARE_AT_MOST_S)
+
+
+async def test_tables_that_others_write_are_looked_at_though_no_look_is_due(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once all is quiet looks are rare; whoever flushes the tables then is noticed at the next glance."""
+    monkeypatch.setattr(upkeep, "GLANCE_S", 0.02)
+    async with scene.running() as room:
+        room._upkeep.glance_s = 0.02
+        assert await until(lambda: room.in_sync), room.status
+        room._upkeep.pause_s = upkeep.LAST_CHECK_S / 2
+        # The look that is under way waits no longer than this.
+        await until(lambda: room._upkeep.pause_s == upkeep.LAST_CHECK_S, 2.0)
+        scene.tables.table(TABLE, Family.V4).chains[ChainName("KNP-OK")] = [Rule(Drop())]
+        assert await until(lambda: room.status.drifts == 1), room.status
+
+
+async def test_whoever_undoes_every_repair_is_not_answered_without_end(scene: Scene) -> None:
+    async with scene.running() as room:
+        assert await until(lambda: room.in_sync), room.status
+        begin, repairs = room.status.reconciles, room.status.drifts
+        ends_s = asyncio.get_running_loop().time() + 3.0
+        while asyncio.get_running_loop().time() < ends_s:
+            scene.tables.table(TABLE, Family.V4).chains[ChainName("KNP-OK")] = [Rule(Drop())]
+            await asyncio.sleep(0.01)
+        assert room.status.drifts > repairs, "it is still answered"
+        # 0.05, 0.1, 0.2, 0.4, 0.8 s, then one a second.
+        assert room.status.reconciles - begin <= 8
+
+
+def test_glances_are_as_rare_as_others_writing_makes_them() -> None:
+    times = Upkeep()
+    for _ in range(10):
+        times.glanced(due=True)
+    assert times.glance_s == upkeep.LAST_CHECK_S
+    times.glanced(due=False)
+    assert times.glance_s == upkeep.LAST_CHECK_S / 2
+    times.drifted()
+    assert times.glance_s == upkeep.GLANCE_S
+
+
+def test_after_a_fight_the_first_look_is_soon_again() -> None:
+    times = Upkeep()
+    for _ in range(10):
+        times.drifted()
+    times.wrote()
+    assert times.pause_s == upkeep.FIGHT_S
+    times.right()
+    times.wrote()
+    assert times.pause_s == upkeep.FIGHT_S, "one look that found nothing is no peace"
+    times.looked()
+    times.right()
+    times.wrote()
+    assert times.pause_s == upkeep.FIRST_CHECK_S
