@@ -32,7 +32,9 @@ from netpol.render.node import graph_of
 
 #: Short rounds and many: the minimum wants stretches in which nobody else disturbs the core.
 FLOWS, PAIRS, ROUNDS = 1_500, 5, 40
-ESTABLISHED_PACKETS, ESTABLISHED_ROUNDS = 2_000, 400
+ESTABLISHED_PACKETS, ESTABLISHED_ROUNDS = 2_000, 120
+#: Where a namespace's objects lie in memory matters as much as a rule does: the median of some is told.
+ESTABLISHED_BUILDS = 5
 POD_RANGE = "10.64.1.0/24"
 ESTABLISHED_RULE = (
     "*filter\n-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\nCOMMIT\n"
@@ -131,6 +133,26 @@ def _check_denied(router: Router, order: list[Endpoint]) -> None:
 
 def _established(variant: Variant, name: str) -> Row:
     world = world_of(worlds.many_policies_on_one())
+    builds = [_established_once(variant, world) for _ in range(ESTABLISHED_BUILDS)]
+    builds.sort(key=lambda best: best["netpol"] / best["no rules"])
+    best = builds[len(builds) // 2]
+    added_ns = (best["netpol"] - best["no rules"]) * 1000
+    ratios = ", ".join(f"{b['netpol'] / b['no rules']:.3f}" for b in builds)
+    return Row(
+        name,
+        best["netpol"],
+        "us",
+        baseline=best["no rules"],
+        target=1.05,
+        by_ratio=True,
+        note=f"{added_ns:+.0f} ns; socket to socket over a routed veth; minimum of "
+        f"{ESTABLISHED_ROUNDS} rounds of {ESTABLISHED_PACKETS} packets, the median of "
+        f"{ESTABLISHED_BUILDS} pairs of namespaces ({ratios}); conntrack is on in both",
+    )
+
+
+def _established_once(variant: Variant, world: World) -> dict[str, float]:
+    """A packet in us, with and without rules, in namespaces made for it."""
     src, dst = (p.addresses[0] for p in world.pods.values())
     loads: dict[str, Load] = {
         # The rule is for another hook: conntrack works, and no rule is asked.
@@ -163,17 +185,7 @@ def _established(variant: Variant, name: str) -> Row:
         for near, far in ends.values():
             near.close()
             far.close()
-    added_ns = (best["netpol"] - best["no rules"]) * 1000
-    return Row(
-        name,
-        best["netpol"],
-        "us",
-        baseline=best["no rules"],
-        target=1.05,
-        by_ratio=True,
-        note=f"{added_ns:+.0f} ns; socket to socket over a routed veth; minimum of "
-        f"{ESTABLISHED_ROUNDS} rounds of {ESTABLISHED_PACKETS} packets; conntrack is on in both",
-    )
+    return best
 
 
 @contextlib.contextmanager
