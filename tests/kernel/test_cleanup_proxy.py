@@ -90,6 +90,7 @@ def test_all_of_the_proxy_goes_and_the_settings_come_back(space: str, tmp_path: 
         "chains": 2,
         "jumps": 2,
         "sets": 1,
+        "files": 0,
         "birds": 0,
         "routes": 0,
         "tunnels": 0,
