@@ -40,13 +40,13 @@ GATEWAY = {4: "10.0.1.1", 6: "fd00:0:1::1"}
 #: A Service of b, by foreign NAT rules.
 VIP = {4: "10.96.0.10", 6: "fd00:96::10"}
 TIMEOUT_S = 0.7
+_NO_DAD = [f"net.ipv6.conf.{which}.accept_dad=0" for which in ("all", "default")]
 _SETTINGS = (
     "net.ipv4.ip_forward=1",
     "net.ipv6.conf.all.forwarding=1",
     "net.bridge.bridge-nf-call-iptables=1",
     "net.bridge.bridge-nf-call-ip6tables=1",
     *(f"net.ipv4.conf.{which}.rp_filter=0" for which in ("all", "default")),
-    *(f"net.ipv6.conf.{which}.accept_dad=0" for which in ("all", "default")),
     # Each answer counts here.
     "net.ipv4.icmp_ratelimit=0",
     "net.ipv6.icmp.ratelimit=0",
@@ -99,6 +99,9 @@ class RejectNet:
         """Make namespaces and links."""
         for name in self.names:
             subprocess.run(["ip", "netns", "add", self.netns(name)], check=True)
+            # Before there are links, which take it from here: while its own address is being examined,
+            # a link asks for no neighbour.
+            self.run("sysctl", "-qw", *_NO_DAD, name=name)
             self.run("ip", "link", "set", "lo", "up", name=name)
         self.run("ip", "link", "add", "cni0", "type", "bridge")
         self.run("sysctl", "-qw", *_SETTINGS)
