@@ -79,6 +79,8 @@ class Look:
             skip: families that are not up to date, and known not to be.
         """
         number = await self._run(self._tables.generation)
+        if not still():
+            return None
         found = await self._drift(still, transactions, members=members, skip=skip or {})
         if found is not None:
             self._seen = number

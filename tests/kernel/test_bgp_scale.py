@@ -18,7 +18,7 @@ from routes.plan import plan
 from tests.kernel.birdnet import BirdNet, bird_net
 from tests.kernel.speaker import Speaker, nlri
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.alone]
 
 NODES = 1000
 

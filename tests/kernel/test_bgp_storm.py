@@ -26,7 +26,7 @@ from routes.sync import RoutesRoom
 from tests.kernel.birdnet import Host, bird_net
 from tests.kernel.test_bgp_scale import NODES, node, serve, wire
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.alone]
 
 HEARTBEAT_S = 10.0
 MEASURED_S = 10.0
