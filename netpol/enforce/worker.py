@@ -9,6 +9,7 @@ repetition begins from a fresh dump of the kernel.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -16,6 +17,7 @@ from typing import TypeVar
 import structlog
 
 from netpol.aio.clock import Clock, SystemClock
+from netpol.aio.pause import pause
 from netpol.aio.runner import BoundedRunner
 from netpol.enforce.dataplane import Dataplane
 from netpol.enforce.down import DownFamilies, fault_text
@@ -253,7 +255,8 @@ class PolicyRoom:
             if pause_s == 0:
                 self.runner.mark()
                 pause_s = None
-            await self._pause(pause_s, self._tried)
+            at_most_s = math.inf if pause_s is None else pause_s
+            await pause(self._tried, at_most_s=at_most_s, clock=self._clock)
 
     async def _changes(self) -> None:
         # Pods, then policies (see Graph.flush). Nothing is awaited between the two: pods that come all the
@@ -329,7 +332,7 @@ class PolicyRoom:
             await self._rest()
             never = self.status.applied_at_s is None
             if never or self.runner.failures:
-                await self._pause(1.0)
+                await pause(self._wake, at_most_s=1.0, clock=self._clock)
                 continue
             busy = self._wake.is_set() or self.runner.pending
             try:
@@ -357,7 +360,8 @@ class PolicyRoom:
         """Until the next look, which comes sooner when something is applied, or others write tables."""
         until_s = self._clock.monotonic() + self._upkeep.pause_s
         while (left_s := until_s - self._clock.monotonic()) > 0:
-            await self._pause(min(left_s, self._upkeep.glance_s))
+            at_most_s = min(left_s, self._upkeep.glance_s)
+            await pause(self._wake, at_most_s=at_most_s, clock=self._clock)
             if self._wake.is_set():
                 return
             if left_s > self._upkeep.glance_s:
@@ -365,17 +369,6 @@ class PolicyRoom:
                 self._upkeep.glanced(due=due)
                 if due:
                     return
-
-    async def _pause(self, seconds: float | None, event: asyncio.Event | None = None) -> None:
-        """Sleep, but not past an event (by default the next apply)."""
-        waiter = asyncio.ensure_future((event or self._wake).wait())
-        timers = [asyncio.ensure_future(self._clock.sleep(seconds))] if seconds is not None else []
-        try:
-            await asyncio.wait((waiter, *timers), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for one in (waiter, *timers):
-                one.cancel()
-            await asyncio.gather(waiter, *timers, return_exceptions=True)
 
     async def _look(self) -> None:
         now_s = self._clock.monotonic()

@@ -1,4 +1,4 @@
-"""Addresses of the node's own interfaces, and being told when they change.
+"""Addresses of interfaces, which of them are the node's own, and being told when they change.
 
 rtnetlink by bytes of our own: there may be thousands of addresses of Services on the node, and then an
 object for each message takes seconds. Those of our own dummy link are Services', not the node's: they are
@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from netpol.kernel.netlink import (
     NLM_F_DUMP,
@@ -37,18 +38,31 @@ _TIMEOUT_S = 10.0
 _NOT_OURS = tuple(map(parse_prefix, ("127.0.0.0/8", "::1/128", "169.254.0.0/16", "fe80::/10")))
 
 
+class LinkAddress(NamedTuple):
+    """An address, the index of the link that has it, and the length of the network that it is in."""
+
+    link: int
+    address: bytes
+    length: int
+
+
 def own_addresses() -> tuple[bytes, ...]:
     """All addresses of this network namespace's interfaces but loopback and link-local, sorted.
 
     Addresses of Services on our own link are left out.
     """
     link = _index_of(LINK)
-    found = {a for index, a in _dump() if index != link}
+    found = {a.address for a in link_addresses() if a.link != link}
     return tuple(sorted(a for a in found if not any(net.contains(a) for net in _NOT_OURS)))
 
 
-def _dump() -> Iterator[tuple[int, bytes]]:
-    """All addresses, each with the index of its link."""
+def link_addresses() -> Iterator[LinkAddress]:
+    """All addresses in this network namespace.
+
+    Raises:
+        KernelError: the kernel refuses.
+        OSError: it cannot be asked.
+    """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
         sock.settimeout(_TIMEOUT_S)
         body = _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
@@ -66,7 +80,8 @@ def _dump() -> Iterator[tuple[int, bytes]]:
                 values = dict(attributes(message.payload[_IFADDR.size :]))
                 address = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS)
                 if address:
-                    yield _IFADDR.unpack_from(message.payload)[4], bytes(address)
+                    _, length, _, _, index = _IFADDR.unpack_from(message.payload)
+                    yield LinkAddress(index, bytes(address), length)
 
 
 def _index_of(link: str) -> int:

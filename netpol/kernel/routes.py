@@ -8,22 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from pyroute2 import IPRoute, NetlinkError
 
-from netpol.kernel.netlink import (
-    HEADER_SIZE,
-    NLM_F_DUMP,
-    NLM_F_REQUEST,
-    NLMSG_DONE,
-    NLMSG_ERROR,
-    attributes,
-    error_code,
-    messages,
-)
+from netpol.kernel.links import link_addresses
 from netpol.lib.errors import KernelError
 from netpol.model.net import Prefix, masked
 
@@ -31,13 +21,6 @@ from netpol.model.net import Prefix, masked
 _RTPROT_BIRD = 12
 _RT_TABLE_MAIN = 254
 _RTN_UNICAST = 1
-#: linux/rtnetlink.h, linux/if_addr.h: struct ifaddrmsg and what of it is read.
-_NEWADDR, _GETADDR = 20, 22
-_IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_HEADER = struct.Struct("=IHHII")
-_IFADDR = struct.Struct("=BBBBI")
-_RECEIVE_BYTES = 1 << 17
-_TIMEOUT_S = 10.0
 
 
 class KernelRoute(NamedTuple):
@@ -128,7 +111,7 @@ def underlay(addresses: Collection[bytes]) -> Underlay | None:
         KernelError: the kernel does not answer.
     """
     try:
-        found = list(_addresses())
+        found = list(link_addresses())
         index = next((i for i, a, _ in found if a in addresses), None)
         if index is None:
             return None
@@ -150,28 +133,3 @@ def underlay(addresses: Collection[bytes]) -> Underlay | None:
         tuple(sorted(a for i, a, _ in found if i == index)),
         index,
     )
-
-
-def _addresses() -> Iterator[tuple[int, bytes, int]]:
-    """All addresses: the index of the link, the address, the length of its network.
-
-    By bytes of our own, since thousands of Services may have their addresses on a link of the node.
-    """
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-        sock.settimeout(_TIMEOUT_S)
-        body = _IFADDR.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
-        size = HEADER_SIZE + len(body)
-        sock.send(_HEADER.pack(size, _GETADDR, NLM_F_REQUEST | NLM_F_DUMP, 1, 0) + body)
-        while True:
-            for message in messages(sock.recv(_RECEIVE_BYTES)):
-                if message.type == NLMSG_DONE:
-                    return
-                if message.type == NLMSG_ERROR:
-                    raise KernelError("reading addresses", got=str(error_code(message.payload)))
-                if message.type == _NEWADDR:
-                    values = dict(attributes(message.payload[_IFADDR.size :]))
-                    # With a peer, IFA_ADDRESS is the far end and IFA_LOCAL is ours.
-                    address = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS)
-                    if address:
-                        _, length, _, _, index = _IFADDR.unpack_from(message.payload)
-                        yield index, bytes(address), length
