@@ -7,12 +7,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from netpol.kernel.conflist import first_file
 from netpol.lib.errors import KernelError
 from netpol.model.net import Prefix
 from routes import conflist
-
-#: libcni takes the first of these in order of name.
-_SUFFIXES = (".conf", ".conflist", ".json")
 
 
 def keep_conflist(folder: Path, pod_cidrs: Sequence[Prefix], *, mtu: int) -> bool:
@@ -45,12 +43,12 @@ def keep_conflist(folder: Path, pod_cidrs: Sequence[Prefix], *, mtu: int) -> boo
 def beaten(folder: Path) -> str:
     """Why container runtimes do not read the node's conflist: another file comes first; else ""."""
     try:
-        first = min(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES)
-    except (OSError, ValueError):
+        first = first_file(folder)
+    except OSError:
         return ""
-    if first >= conflist.FILE_NAME:
+    if first is None or first.name >= conflist.FILE_NAME:
         return ""
-    return f"{folder / first} comes before {conflist.FILE_NAME}: pods are made by what it says"
+    return f"{first} comes before {conflist.FILE_NAME}: pods are made by what it says"
 
 
 def _replace(path: Path, text: str) -> None:

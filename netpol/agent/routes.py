@@ -8,7 +8,6 @@ BIRD goes on when the agent ends. Nothing here decides what is routed.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -313,12 +312,6 @@ def _prefixes(texts: Iterable[str]) -> tuple[Prefix, ...]:
     return tuple(parse_prefix(t) for t in texts)
 
 
-def _blocks(pool: str) -> Iterator[Prefix]:
+def _blocks(pool: str) -> tuple[Prefix, ...]:
     """A CIDR as it is; FIRST-LAST as the blocks that hold exactly these addresses."""
-    if "-" not in pool:
-        yield parse_prefix(pool)
-        return
-    ends = parse_range(pool)
-    first, last = ipaddress.ip_address(ends.first), ipaddress.ip_address(ends.last)
-    for block in ipaddress.summarize_address_range(first, last):
-        yield parse_prefix(str(block))
+    return parse_range(pool).blocks() if "-" in pool else (parse_prefix(pool),)

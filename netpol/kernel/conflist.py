@@ -9,12 +9,12 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from netpol.model.net import Prefix, parse_prefix
+from netpol.model.pools import AddressRange
 
 #: libcni takes the first of these in order of name.
 _SUFFIXES = (".conf", ".conflist", ".json")
@@ -45,22 +45,31 @@ class PodNetwork:
     unpoliced: str = ""
 
 
+def first_file(conf_dir: Path) -> Path | None:
+    """The file that container runtimes read, the first in order of name; None where there is none.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return min((p for p in conf_dir.iterdir() if p.suffix in _SUFFIXES), default=None)
+
+
 def read_pod_network(conf_dir: Path) -> PodNetwork:
     """Read the CNI configuration of a node."""
     try:
-        files = sorted(p for p in conf_dir.iterdir() if p.suffix in _SUFFIXES)
+        file = first_file(conf_dir)
     except OSError as e:
         return PodNetwork(note=f"{conf_dir}: {e.strerror}")
-    if not files:
+    if file is None:
         return PodNetwork(note=f"{conf_dir}: no CNI configuration")
     try:
-        data = json.loads(files[0].read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        return PodNetwork(note=f"{files[0]}: {e}")
+        return PodNetwork(note=f"{file}: {e}")
     plugins = data.get("plugins", [data]) if isinstance(data, dict) else None
     if not isinstance(plugins, list) or not plugins or not isinstance(plugins[0], dict):
-        return PodNetwork(note=f"{files[0]}: not a CNI configuration")
-    return _facts(plugins[0], files[0])
+        return PodNetwork(note=f"{file}: not a CNI configuration")
+    return _facts(plugins[0], file)
 
 
 def _facts(plugin: dict[str, Any], path: Path) -> PodNetwork:
@@ -111,5 +120,4 @@ def _range(given: dict[str, Any]) -> list[Prefix]:
     net = ipaddress.ip_network(str(subnet))
     first = ipaddress.ip_address(given.get("rangeStart") or net[0])
     last = ipaddress.ip_address(given.get("rangeEnd") or net[-1])
-    blocks: Iterable[Any] = ipaddress.summarize_address_range(first, last)
-    return [Prefix(b.network_address.packed, b.prefixlen) for b in blocks]
+    return list(AddressRange(first.packed, last.packed).blocks())

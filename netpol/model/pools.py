@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ipaddress
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from netpol.model.net import Family, family_of, format_address, parse_address, parse_prefix
+from netpol.model.net import (
+    Family,
+    Prefix,
+    family_of,
+    format_address,
+    parse_address,
+    parse_prefix,
+)
 
 
 class AddressRange(NamedTuple):
@@ -26,6 +35,16 @@ class AddressRange(NamedTuple):
     def contains(self, address: bytes) -> bool:
         """Whether an address lies within."""
         return len(address) == len(self.first) and self.first <= address <= self.last
+
+    def blocks(self) -> tuple[Prefix, ...]:
+        """The fewest prefixes that hold exactly these addresses.
+
+        Raises:
+            TypeError, ValueError: the ends are of two families, or the wrong way round.
+        """
+        first, last = ipaddress.ip_address(self.first), ipaddress.ip_address(self.last)
+        found: Iterable[Any] = ipaddress.summarize_address_range(first, last)
+        return tuple(Prefix(b.network_address.packed, b.prefixlen) for b in found)
 
     def __str__(self) -> str:
         return f"{format_address(self.first)}-{format_address(self.last)}"
