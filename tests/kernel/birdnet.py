@@ -14,8 +14,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from netpol.kernel import netns
@@ -26,6 +27,19 @@ from routes.bird.control import BirdControl
 from routes.bird.reply import Reply
 
 _numbers = itertools.count()
+#: BIRD keeps another clock than it tells, so that the same moment comes out otherwise by a millisecond. A
+#: session that ended is up again no sooner than the least connect delay, three quarters of a second.
+_SAME_S = 0.1
+
+
+def lasting(before: Mapping[str, str], after: Mapping[str, str]) -> bool:
+    """Whether each session went on: before and after, by name, since when it is up."""
+
+    def same(one: str, other: str) -> bool:
+        apart = datetime.fromisoformat(other) - datetime.fromisoformat(one)
+        return abs(apart.total_seconds()) < _SAME_S
+
+    return all(name in after and same(since, after[name]) for name, since in before.items())
 
 
 @dataclass(frozen=True)

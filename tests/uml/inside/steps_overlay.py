@@ -167,14 +167,14 @@ class _Cluster:
         want = {h.name: {p for o in hosts if o is not h for p in o.pods} for h in hosts}
         return self.net.wait(lambda: all(h.routes() == want[h.name] for h in hosts))
 
-    def sessions(self) -> dict[str, list[str]]:
-        """Since when each node's sessions are up."""
+    def sessions(self) -> dict[str, dict[str, str]]:
+        """Since when each node's sessions are up, by name."""
         return {
-            host.name: [
-                f"{name} {state.since}"
+            host.name: {
+                name: state.since
                 for name, state in reply.protocols(host.ask("show protocols all")).items()
                 if state.established
-            ]
+            }
             for host in self.net.hosts.values()
         }
 
